@@ -1,0 +1,53 @@
+"""Names of groups, from the modules that produce their units."""
+
+from collections import Counter
+from collections.abc import Mapping
+from os.path import commonprefix
+
+import torch
+
+from offload_trainer.groups.axes import Symbol
+from offload_trainer.groups.plan import Group, Slot
+
+
+def name_groups(found: Mapping[Symbol, list[Slot]], shapes: Mapping[str, torch.Size]) -> tuple[Group, ...]:
+    """One group per leaf.
+
+    A stream that blocks add to is `residual` (`residual.<first producer>` where a model has several); any other group
+    bears the name of the module that produces its units, or of the module that holds all of several producers
+    (`layers.0.mlp` for gate and up).
+    """
+    streams = sum(_is_stream(leaf, slots, shapes) for leaf, slots in found.items())
+    groups: list[Group] = []
+    taken: Counter[str] = Counter()
+    for leaf, slots in found.items():
+        producers = _producers(slots, shapes)
+        if _is_stream(leaf, slots, shapes):
+            name = "residual" if streams == 1 else f"residual.{producers[0]}"
+        else:
+            name = _shared_module(producers)
+        taken[name] += 1
+        groups.append(Group(name if taken[name] == 1 else f"{name}#{taken[name]}", leaf.size, tuple(slots)))
+    return tuple(groups)
+
+
+def _is_stream(leaf: Symbol, slots: list[Slot], shapes: Mapping[str, torch.Size]) -> bool:
+    # Rotary embeddings add heads to heads: there a unit is a block of features.
+    blocks = {slot.block for slot in slots if slot.axis == 0 and len(shapes[slot.tensor]) > 1}
+    return leaf.residual and len(_producers(slots, shapes)) > 1 and blocks <= {1}
+
+
+def _producers(slots: list[Slot], shapes: Mapping[str, torch.Size]) -> list[str]:
+    """Modules whose weight has the units on its output axis; norms and biases only if there is nothing else."""
+    matrices = [slot.tensor for slot in slots if len(shapes[slot.tensor]) > 1]
+    first = {tensor: min(slot.axis for slot in slots if slot.tensor == tensor) for tensor in matrices}
+    produced = [tensor for tensor in dict.fromkeys(matrices) if first[tensor] == 0]
+    chosen = produced or matrices or [slot.tensor for slot in slots]
+    return list(dict.fromkeys(tensor.rpartition(".")[0] or tensor for tensor in chosen))
+
+
+def _shared_module(modules: list[str]) -> str:
+    if len(modules) == 1:
+        return modules[0]
+    parts = commonprefix([module.split(".") for module in modules])
+    return ".".join(parts) or modules[0]

@@ -1,0 +1,196 @@
+"""Groups of units and the frozen plan that says which of them are kept. Data only: no tracing, no slicing."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from offload_trainer.errors import UserError
+
+Widths = Mapping[type, Mapping[str, tuple[str, int]]]
+"""Module type → {attribute: (tensor name inside the module, axis)}: the attribute scales as that axis does."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One run of a group's units along one axis of one tensor."""
+
+    tensor: str
+    axis: int
+    block: int = 1
+    """Consecutive elements per unit (head_dim, or height × width where a convolution was flattened)."""
+    offset: int = 0
+    """First element of unit 0."""
+
+    def __str__(self) -> str:
+        tail = f":{self.block}:{self.offset}" if self.offset else f":{self.block}" if self.block > 1 else ""
+        return f"{self.tensor}:{self.axis}{tail}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that share one mask, because the network ties them together."""
+
+    name: str
+    units: int
+    slots: tuple[Slot, ...]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What can be sliced of a model: iterable of `Group`, by name with `groups[name]`; `print(groups)` is a table."""
+
+    groups: tuple[Group, ...]
+    shapes: Mapping[str, torch.Size]
+    """Every parameter and buffer of the model by name (tied ones once)."""
+    widths: Widths = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [group.name for group in self.groups]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"two groups are called {name!r}; group names must differ")
+        for group in self.groups:
+            for slot in group.slots:
+                self._check(group, slot)
+
+    def _check(self, group: Group, slot: Slot) -> None:
+        where = f"group {group.name!r}, slot {str(slot)!r}"
+        if slot.tensor not in self.shapes:
+            raise UserError(f"{where}: the model has no parameter or buffer of that name")
+        shape = self.shapes[slot.tensor]
+        if not 0 <= slot.axis < len(shape):
+            raise UserError(f"{where}: axis {slot.axis} does not exist, the tensor has shape {tuple(shape)}")
+        end = slot.offset + group.units * slot.block
+        if slot.offset < 0 or slot.block < 1 or end > shape[slot.axis]:
+            size = shape[slot.axis]
+            raise UserError(
+                f"{where}: {group.units} units of block {slot.block} end at {end}, past the axis ({size})"
+            )
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, name: str) -> Group:
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(f"no group {name!r}; there are {', '.join(group.name for group in self.groups)}")
+
+    def slots(self, name: str) -> tuple[Slot, ...]:
+        return self[name].slots
+
+    def parameters(self, name: str) -> int:
+        """Elements of all tensors that the group slices."""
+        return sum(self.shapes[tensor].numel() for tensor in {slot.tensor for slot in self[name].slots})
+
+    @cached_property
+    def by_tensor(self) -> Mapping[str, Mapping[int, tuple[tuple[Group, Slot], ...]]]:
+        """tensor → axis → the slots on it."""
+        table: dict[str, dict[int, tuple[tuple[Group, Slot], ...]]] = {}
+        for group in self.groups:
+            for slot in group.slots:
+                axes = table.setdefault(slot.tensor, {})
+                axes[slot.axis] = (*axes.get(slot.axis, ()), (group, slot))
+        return table
+
+    def __str__(self) -> str:
+        from offload_trainer.groups.table import table
+
+        return table(self)
+
+
+class Plan(Mapping[str, Tensor]):
+    """A frozen choice of units: group name → kept indices, sorted, int64. A group not named is kept whole.
+
+    Raises `UserError` when made of indices that are unsorted, repeated, out of range or none at all.
+    """
+
+    def __init__(self, groups: Groups, kept: Mapping[str, Tensor]):
+        known = {group.name: group for group in groups}
+        chosen: dict[str, Tensor] = {}
+        for name, indices in kept.items():
+            if name not in known:
+                raise UserError(f"the plan names group {name!r}, which the model does not have")
+            indices = torch.as_tensor(indices, dtype=torch.int64, device="cpu").clone()
+            units = known[name].units
+            if indices.ndim != 1 or len(indices) == 0:
+                raise UserError(f"the plan keeps no unit of group {name!r}; at least one must stay")
+            if bool((indices.diff() <= 0).any()):
+                raise UserError(f"the plan's indices of group {name!r} must be sorted and distinct")
+            if int(indices[0]) < 0 or int(indices[-1]) >= units:
+                raise UserError(f"the plan's indices of group {name!r} must lie in [0, {units})")
+            if len(indices) < units:  # a group kept whole needs no index anywhere
+                chosen[name] = indices
+        self.groups = groups
+        self._chosen = MappingProxyType(chosen)
+        self._index: dict[tuple[str, int], Tensor | None] = {}
+
+    @classmethod
+    def whole(cls, groups: Groups) -> "Plan":
+        return cls(groups, {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        chosen = self._chosen.get(name)
+        return torch.arange(self.groups[name].units) if chosen is None else chosen
+
+    def __iter__(self) -> Iterator[str]:
+        return (group.name for group in self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the kept indices: equal on two ranks exactly when their plans are."""
+        sha = hashlib.sha256()
+        for name in self:
+            sha.update(name.encode() + b"\0" + self[name].numpy().tobytes())
+        return sha.hexdigest()
+
+    def index(self, tensor: str, axis: int) -> Tensor | None:
+        """Kept elements along one axis of a tensor, sorted; None when the axis stays whole."""
+        key = (tensor, axis)
+        if key not in self._index:
+            self._index[key] = self._elements(tensor, axis)
+        return self._index[key]
+
+    def _elements(self, tensor: str, axis: int) -> Tensor | None:
+        slots = [
+            (g, s) for g, s in self.groups.by_tensor.get(tensor, {}).get(axis, ()) if g.name in self._chosen
+        ]
+        if not slots:
+            return None
+        keep = torch.ones(self.groups.shapes[tensor][axis], dtype=torch.bool)
+        for group, slot in slots:
+            units = torch.zeros(group.units, dtype=torch.bool)
+            units[self._chosen[group.name]] = True
+            # Where two groups meet on an element (heads and their features), both must keep it.
+            keep[slot.offset : slot.offset + group.units * slot.block] &= units.repeat_interleave(slot.block)
+        return keep.nonzero().flatten()
+
+    def indices(self, tensor: str) -> tuple[Tensor | None, ...]:
+        """`index` for every axis of a tensor."""
+        return tuple(self.index(tensor, axis) for axis in range(len(self.groups.shapes[tensor])))
+
+    def shape(self, tensor: str) -> torch.Size:
+        """Shape of the sliced tensor."""
+        full = self.groups.shapes[tensor]
+        return torch.Size(n if i is None else len(i) for n, i in zip(full, self.indices(tensor), strict=True))
+
+    def slices(self, tensor: str) -> bool:
+        """Whether the plan leaves out any element of the tensor."""
+        return any(index is not None for index in self.indices(tensor))

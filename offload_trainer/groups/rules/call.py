@@ -1,0 +1,80 @@
+"""One executed op as a rule sees it, and the table of rules."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload_trainer.groups import axes as ax
+from offload_trainer.groups.axes import Axis
+
+RULES: dict[str, Callable[["Call"], None]] = {}
+
+
+class Call:
+    """One executed op: arguments by schema name, output, and the axes of every tensor seen so far."""
+
+    def __init__(
+        self, func: Any, args: tuple, kwargs: dict, out: Any, axes_of: Callable[[Tensor], list[Axis]], assign
+    ):
+        schema = func._schema.arguments
+        self.arguments = {a.name: a.default_value for a in schema if a.has_default_value()}
+        self.arguments |= {a.name: value for a, value in zip(schema, args, strict=False)} | kwargs
+        self.func = func
+        self.out = out
+        self.axes_of = axes_of
+        self.assign = assign
+        self.name: str = func._overloadpacket._qualified_op_name
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments.get(name)
+
+    @property
+    def input(self) -> Tensor:
+        return next(v for v in self.arguments.values() if isinstance(v, Tensor))
+
+    def tensors(self) -> list[Tensor]:
+        leaves = torch.utils._pytree.tree_leaves(self.arguments)
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def outputs(self) -> list[Tensor]:
+        leaves = torch.utils._pytree.tree_leaves(self.out)
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def dims(self, value: int | list[int] | None, ndim: int) -> list[int]:
+        """Dimensions as non-negative ints; None or [] means all."""
+        if value is None or value == []:
+            return list(range(ndim))
+        return [d % ndim for d in ([value] if isinstance(value, int) else value)]
+
+    def keep(self, axes: list[Axis], reason: str) -> None:
+        """Assign `axes` to every output, wherever an output's size agrees; a new size is a new, pinned axis."""
+        for out in self.outputs():
+            padded = axes + [[]] * (out.ndim - len(axes))
+            self.assign(
+                out,
+                [
+                    a if ax.size_of(a) == n else ax.fresh(n, reason)
+                    for a, n in zip(padded, out.shape, strict=False)
+                ],
+            )
+
+
+def rule(*names: str) -> Callable[[Callable[[Call], None]], Callable[[Call], None]]:
+    """Register a rule for ops by name: "mm" means "aten::mm"; another library's op is written in full."""
+
+    def register(function: Callable[[Call], None]) -> Callable[[Call], None]:
+        for name in names:
+            RULES[name if "::" in name else f"aten::{name}"] = function
+        return function
+
+    return register
+
+
+def pin_all(call: Call, reason: str) -> None:
+    for tensor in call.tensors():
+        for axis in call.axes_of(tensor):
+            ax.pin(axis, reason)
+    for out in call.outputs():
+        call.assign(out, [ax.fresh(n, reason) for n in out.shape])

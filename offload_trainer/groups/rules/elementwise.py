@@ -1,0 +1,119 @@
+"""Ops that keep positions: pointwise, reductions, and those that run along an axis."""
+
+from torch import Tensor
+
+from offload_trainer.groups import axes as ax
+from offload_trainer.groups.axes import Axis
+from offload_trainer.groups.rules.call import Call, rule
+
+
+def pointwise(call: Call) -> None:
+    """Broadcasting: axes aligned from the last become one; an axis of size 1 takes no part."""
+    tensors = [t for t in call.tensors() if t.ndim > 0]
+    ndim = max((t.ndim for t in tensors), default=0)
+    result: list[Axis] = [[] for _ in range(ndim)]
+    for tensor in tensors:
+        for i, axis in enumerate(call.axes_of(tensor), start=ndim - tensor.ndim):
+            if ax.size_of(axis) == 1:
+                continue
+            if ax.size_of(result[i]) == 1:
+                result[i] = axis
+            else:
+                ax.unify(result[i], axis)
+    call.keep(result, "broadcast")
+
+
+@rule("add", "add_")
+def add(call: Call) -> None:
+    pointwise(call)
+    both = [t for t in call.tensors() if t.ndim > 1]
+    if len(both) == 2 and both[0].shape == both[1].shape:
+        for axis in call.axes_of(call.outputs()[0]):
+            ax.mark_residual(axis)
+
+
+@rule(
+    "clone",
+    "detach",
+    "alias",
+    "_to_copy",
+    "contiguous",
+    "lift_fresh",
+    "zero_",
+    "fill_",
+    "zeros_like",
+    "ones_like",
+)
+@rule(
+    "empty_like",
+    "full_like",
+    "native_dropout",
+    "dropout",
+    "bernoulli",
+    "bernoulli_",
+    "resolve_conj",
+    "resolve_neg",
+)
+@rule("native_dropout", "rand_like", "randn_like", "_conj", "uniform_", "normal_")
+def same_shape(call: Call) -> None:
+    call.keep(call.axes_of(call.input), "same shape")
+
+
+@rule("copy_")
+def copy(call: Call) -> None:
+    pointwise(call)
+
+
+@rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor")
+@rule("empty_strided", "new_empty_strided")
+def filled(call: Call) -> None:
+    # The size may have been read off another tensor's shape: it stays open, to be unified with what it meets.
+    for out in call.outputs():
+        call.assign(out, [ax.fresh(n) for n in out.shape])
+
+
+@rule("arange", "rand", "randn", "randint", "linspace", "eye", "tril_indices", "triu_indices", "randperm")
+def constant(call: Call) -> None:
+    for out in call.outputs():
+        call.assign(out, [ax.fresh(n, "a constant") for n in out.shape])
+
+
+@rule(
+    "softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "logcumsumexp"
+)
+@rule("flip", "roll", "sort", "topk", "kthvalue", "argsort", "cummax", "cummin")
+def along(call: Call) -> None:
+    """Every entry along `dim` depends on the others or on their order: that axis is not sliced."""
+    axes = call.axes_of(call.input)
+    dims = call["dims"] if call["dims"] is not None else call["dim"]
+    for d in call.dims(dims, len(axes)):
+        ax.pin(axes[d], f"{call.name} runs along it")
+    call.keep(axes, f"{call.name} chose it")
+
+
+@rule(
+    "mean",
+    "sum",
+    "var",
+    "std",
+    "var_mean",
+    "std_mean",
+    "amax",
+    "amin",
+    "norm",
+    "linalg_vector_norm",
+    "logsumexp",
+)
+@rule("prod", "any", "all", "max", "min", "argmax", "argmin", "nansum", "count_nonzero")
+def reduce(call: Call) -> None:
+    tensor, axes = call.input, call.axes_of(call.input)
+    if call.name in ("aten::max", "aten::min") and isinstance(call["other"], Tensor):
+        return pointwise(call)
+    dims = call.dims(call["dim"], tensor.ndim)
+    if call.name in ("aten::argmax", "aten::argmin"):
+        for d in dims:
+            ax.pin(axes[d], f"{call.name} returns a position in it")
+    for out in call.outputs():
+        keepdim = out.ndim == tensor.ndim
+        kept = [[] if i in dims else a for i, a in enumerate(axes) if keepdim or i not in dims]
+        call.assign(out, kept)

@@ -1,0 +1,90 @@
+"""Run a model on example inputs, knowing which module is at work when something goes wrong."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from offload_trainer.errors import UserError
+
+Inputs = tuple | Mapping[str, Any]
+
+
+class Watch:
+    """Context manager over a model: `where` names the module whose forward is running, innermost."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._active: list[tuple[str, nn.Module]] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "Watch":
+        for path, module in self._model.named_modules():
+            entry = (path, module)
+            self._handles.append(
+                module.register_forward_pre_hook(lambda *_, entry=entry: self._active.append(entry))
+            )
+            self._handles.append(module.register_forward_hook(lambda *_: self._active.pop() and None))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def path(self) -> str:
+        return self._active[-1][0] if self._active else ""
+
+    @property
+    def module(self) -> nn.Module:
+        return self._active[-1][1] if self._active else self._model
+
+    @property
+    def where(self) -> str:
+        return f"{self.path or 'the model'} ({type(self.module).__name__})"
+
+
+def run_model(model: nn.Module, inputs: Inputs) -> Any:
+    """model(*inputs) or model(**inputs)."""
+    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+
+
+def run_watched(model: nn.Module, inputs: Inputs, failure: str) -> Any:
+    """`run_model`; an exception becomes one line: `failure`, the module it happened in, and the message."""
+    with Watch(model) as watch:
+        try:
+            return run_model(model, inputs)
+        except UserError:
+            raise
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            hint = _widths_in(watch.module)
+            raise UserError(
+                f"{failure}: {watch.where} raised {type(error).__name__}: {lines[0]}{hint}"
+            ) from error
+
+
+def tensors_of(outputs: Any) -> list[Tensor]:
+    """Every tensor in what a model returned: containers, a transformers ModelOutput, or an object's attributes."""
+    if not isinstance(outputs, Tensor | tuple | list | dict | Mapping) and hasattr(outputs, "__dict__"):
+        outputs = vars(outputs)
+    if isinstance(outputs, Mapping):
+        outputs = dict(outputs)
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _widths_in(module: nn.Module) -> str:
+    """The whole numbers a module stores beside its tensors: where a width without a rule hides."""
+    numbers = {k: v for k, v in vars(module).items() if type(v) is int and v > 1 and not k.startswith("_")}
+    return f" (it stores {', '.join(f'{k}={v}' for k, v in numbers.items())})" if numbers else ""
+
+
+def is_floating(tensor: Tensor) -> bool:
+    return tensor.dtype.is_floating_point and tensor.dtype in (
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+    )
