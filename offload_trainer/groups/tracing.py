@@ -1,5 +1,6 @@
 """Find the groups of a model: run it once on fake tensors and follow its axes through every op."""
 
+import logging
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,7 +67,7 @@ def _try_half(skeleton: nn.Module, groups: Groups, inputs: Inputs, mode: FakeTen
     half = Plan(groups, {group.name: torch.arange((group.units + 1) // 2) for group in groups})
     tensors = named_tensors(skeleton)
     shapes = {name: half.shape(name) for name in tensors}
-    with mode, torch.no_grad(), plain_attention():
+    with mode, torch.no_grad(), plain_attention(), _quiet("torch._subclasses.fake_tensor"):
         sliced = rebuild(
             skeleton, {n: torch.empty(shapes[n], dtype=t.dtype) for n, t in tensors.items()}, half, groups
         )
@@ -146,7 +147,7 @@ class _Trace(TorchDispatchMode):
         ]
 
     def sliceable(self, parameters: set[str]) -> dict[Symbol, list[Slot]]:
-        """Every leaf that may be sliced and lies on a parameter → its slots."""
+        """Every leaf that may be sliced → its slots: one that is produced and used, at least once by a parameter."""
         ax.pin_inner([axis for axes in self._declared.values() for axis in axes])
         found: dict[Symbol, list[Slot]] = {}
         for leaf, slot in self.slots():
@@ -160,6 +161,17 @@ class _Trace(TorchDispatchMode):
 def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     with mode:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+@contextmanager
+def _quiet(logger: str):
+    """Context: a failing fake op logs a whole traceback; our error is one line."""
+    before = logging.getLogger(logger).level
+    logging.getLogger(logger).setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).setLevel(before)
 
 
 @contextmanager

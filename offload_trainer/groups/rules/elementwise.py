@@ -7,6 +7,7 @@ from offload_trainer.groups.axes import Axis
 from offload_trainer.groups.rules.call import Call, rule
 
 
+@rule("_prelu_kernel", "lerp", "lerp_", "rrelu_with_noise", "dequantize", "polar", "_weight_norm_interface")
 def pointwise(call: Call) -> None:
     """Broadcasting: axes aligned from the last become one; an axis of size 1 takes no part."""
     tensors = [t for t in call.tensors() if t.ndim > 0]

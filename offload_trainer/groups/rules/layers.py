@@ -63,7 +63,7 @@ def convolution(call: Call) -> None:
         ax.unify(produced, call.axes_of(bias)[0])
     lead = [inputs[0], produced] if batched else [produced]
     out = call.outputs()[0]
-    for axis in inputs[len(lead) :]:
+    for axis in inputs[len(lead) :] + weights[2:]:
         ax.pin(axis, "a spatial axis")
     call.assign(out, lead + [ax.fresh(n, "a spatial axis") for n in out.shape[len(lead) :]])
 
