@@ -1,0 +1,46 @@
+"""What the processes of a run must agree on. With one process each of these is the identity."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from offload_trainer.errors import UserError
+
+
+def average_(accelerator: Accelerator, tensors: Iterable[Tensor]) -> None:
+    """Each tensor ← its mean over the ranks, in one message per dtype."""
+    if accelerator.num_processes == 1:
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for group in by_dtype.values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        flat = accelerator.reduce(flat, reduction="mean")
+        for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):  # type: ignore[union-attr]
+            tensor.copy_(part.view_as(tensor))
+
+
+def average_gradients(accelerator: Accelerator, parameters: Mapping[str, nn.Parameter]) -> None:
+    average_(accelerator, [p.grad for p in parameters.values() if p.grad is not None])
+
+
+def average_buffers(accelerator: Accelerator, module: nn.Module) -> None:
+    """BatchNorm statistics were gathered on different shares of each batch."""
+    average_(accelerator, [b for b in module.buffers() if b.dtype.is_floating_point])
+
+
+def mean(accelerator: Accelerator, value: Tensor) -> float:
+    """Mean over the ranks of a number. The host waits for the device here."""
+    return float(accelerator.reduce(value.detach().reshape(1).float(), reduction="mean"))  # type: ignore[arg-type]
+
+
+def require_same(accelerator: Accelerator, what: str, value: str) -> None:
+    """Every rank must hold the same value (a plan's digest); otherwise their masters would part ways unnoticed."""
+    if accelerator.num_processes > 1:
+        values = gather_object([value])
+        if len(set(values)) > 1:
+            raise UserError(f"the ranks disagree on {what}: {values}; were they started with the same config and seed?")

@@ -1,0 +1,127 @@
+"""The sliced network of one plan, on the device: its module, optimizer and moments, as views of a few slabs."""
+
+import torch
+from torch import Tensor, nn
+
+from offload_trainer.device.transfer import Transfer
+from offload_trainer.groups.plan import Plan
+from offload_trainer.groups.slicing import rebuild
+from offload_trainer.master.master import Master, by_dtype
+from offload_trainer.master.moments import OptimizerFactory, StateLayout, read_scalars, set_scalars
+from offload_trainer.master.slab import Slab
+
+
+class Subnet:
+    """Weights and buffers of a plan, gathered; `load` moves it to another plan of the same widths, in place."""
+
+    def __init__(self, master: Master, plan: Plan, transfer: Transfer, device: torch.device):
+        self._master, self._transfer = master, transfer
+        shapes = {name: plan.shape(name) for name in master.tensors}
+        tables = by_dtype(master.tensors)
+        self.slabs = [Slab({n: shapes[n] for n in table}, dtype, device) for dtype, table in tables.items()]
+        views = {name: view for slab in self.slabs for name, view in slab.items()}
+        self.module: nn.Module = rebuild(master.model, views, plan, plan.groups).train()
+        self.load(plan)
+
+    def load(self, plan: Plan) -> None:
+        """Take the values of a plan from the master. Its shapes must be those this subnet was made with."""
+        self.plan = plan
+        for slab in self.slabs:
+            self._transfer.gather(self._master.tensors, slab, plan)
+
+    def fits(self, plan: Plan) -> bool:
+        """Whether a plan has this subnet's shapes, so that `load` may be used."""
+        return all(len(plan[name]) == len(self.plan[name]) for name in plan)
+
+    def write_back(self, *, delta: bool) -> float:
+        """Values → master; with `delta`, the squared norm of the change of all floating-point tensors."""
+        return sum(self._transfer.write_back(s, self._master.tensors, self.plan, delta=delta) for s in self.slabs)
+
+    def is_finite(self) -> bool:
+        """Whether every parameter is finite. The host waits for the device here."""
+        return bool(torch.stack([parameter.isfinite().all() for parameter in self.module.parameters()]).all())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slab.nbytes for slab in self.slabs)
+
+
+class TrainedSubnet(Subnet):
+    """The subnet that is trained: a `Subnet` with an optimizer.
+
+    `carry=True` takes the optimizer's moments from the master with the weights and puts them back; otherwise they
+    start anew with every round. `sampled` names the tensors that some plan slices; `clock`: see `load_moments`.
+    """
+
+    def __init__(
+        self,
+        master: Master,
+        plan: Plan,
+        transfer: Transfer,
+        device: torch.device,
+        factory: OptimizerFactory,
+        layout: StateLayout,
+        *,
+        carry: bool,
+        sampled: frozenset[str],
+        clock: int,
+    ):
+        super().__init__(master, plan, transfer, device)
+        self._layout, self._carry, self._sampled = layout, carry, sampled
+        named = dict(self.module.named_parameters())
+        self.parameters: dict[str, nn.Parameter] = {n: p for n, p in named.items() if p.requires_grad}
+        shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        self._moments: dict[str, Slab] = {}
+        self.optimizer = factory(list(self.parameters.values()))
+        if carry:
+            self._moments = {m: Slab(shapes, dtype, device) for m, dtype in layout.moments.items()}
+        self.load_moments(clock)
+
+    def load_moments(self, clock: int, *, gather: bool = True) -> None:
+        """Begin a round: this plan's moments, as of step `clock` for parameters whose entries differ in age.
+
+        `gather=False` when the plan has not changed: what the last write-back left is what the master holds.
+        """
+        if not self._carry:
+            if gather:
+                self.optimizer.state.clear()
+            return
+        if not self._master.scalars:
+            return  # the first round: the optimizer makes its state as it would in plain training
+        for moment, slab in self._moments.items():
+            if gather:
+                self._transfer.gather(self._master.moments[moment], slab, self.plan)
+            for name in slab:
+                if self._mixed(name):
+                    slab[name].mul_(self._layout.correction(moment, clock))
+        for name, parameter in self.parameters.items():
+            scalars = self._master.scalars.get(name)
+            if scalars is None:  # it has never had a gradient
+                self.optimizer.state.pop(parameter, None)
+                continue
+            state = self.optimizer.state[parameter]
+            state.update({moment: slab[name] for moment, slab in self._moments.items()})
+            set_scalars(state, self._layout, {**scalars, "step": clock} if self._mixed(name) else scalars)
+
+    def write_back_moments(self) -> None:
+        """End a round: moments and scalars → master. The live moments of mixed-age parameters are used up by it."""
+        if not self._carry:
+            return
+        states = {name: self.optimizer.state[p] for name, p in self.parameters.items() if self.optimizer.state[p]}
+        self._master.scalars.update(read_scalars(states.items(), self._layout))
+        for moment, slab in self._moments.items():
+            for name, state in states.items():
+                live: Tensor = state[moment]
+                if live.data_ptr() != slab[name].data_ptr():
+                    slab[name].copy_(live)  # the optimizer made its own in the first round
+                if self._mixed(name):
+                    slab[name].div_(self._layout.correction(moment, float(state.get("step", 0))))
+            self._transfer.write_back(slab, self._master.moments[moment], self.plan)
+
+    def _mixed(self, name: str) -> bool:
+        """Whether the parameter's entries may have been trained for different numbers of steps."""
+        return self._layout.corrected and name in self._sampled
+
+    @property
+    def moment_bytes(self) -> int:
+        return sum(slab.nbytes for slab in self._moments.values())

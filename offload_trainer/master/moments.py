@@ -1,0 +1,91 @@
+"""Optimizer state, for any torch optimizer: what it keeps per element, and what that means once entries differ in age.
+
+`probe_optimizer` lets the optimizer take one step on a tiny parameter and reads off its state: tensors of the
+parameter's shape are moments (sliced like the weight), single numbers are scalars.
+
+Adam divides its moments by 1 − βᵗ, with one t per parameter, but the entries of a sampled parameter have been trained
+for different numbers of steps. Raw moments and a common t would give an entry that comes in late, whose moments are
+still near zero, steps several times too large. So the master holds the moments of a sampled parameter *divided by*
+1 − βᵗ, whose meaning no longer depends on t, and a round multiplies them by 1 − βᵗ of its own clock. That clock starts
+at no more than 1/(1−β₁)² steps, up to which the first step of a new entry is at most one learning rate:
+(1−β₁)/(1−β₁ᵗ) · √((1−β₂ᵗ)/(1−β₂)) ≤ 1.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offload_trainer.errors import UserError
+
+OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+_ADAM_BETA = {"exp_avg": 0, "exp_avg_sq": 1, "max_exp_avg_sq": 1}
+"""Moments that Adam and its kin correct for their start, and which of `betas` does it."""
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """What an optimizer keeps: moments (of the parameter's shape) by name, and scalars with where they live."""
+
+    moments: Mapping[str, torch.dtype]
+    scalars: Mapping[str, Any]
+    """Name → an example value: a tensor without dimensions, or a number."""
+    betas: tuple[float, float] | None
+
+    @property
+    def corrected(self) -> bool:
+        """Whether the moments are divided by 1 − βᵗ at every step."""
+        return self.betas is not None and "step" in self.scalars and "exp_avg" in self.moments
+
+    @property
+    def horizon(self) -> int:
+        """The clock, in steps, at which a round over entries of mixed age may start at most."""
+        return int(1 / (1 - self.betas[0]) ** 2) if self.betas else 0
+
+    def correction(self, moment: str, clock: float) -> float:
+        """1 − βᵗ of a moment; 1 where the optimizer corrects nothing (or before its first step)."""
+        if not self.corrected or moment not in _ADAM_BETA or clock == 0:
+            return 1.0
+        assert self.betas is not None
+        return 1 - self.betas[_ADAM_BETA[moment]] ** clock
+
+
+def probe_optimizer(factory: OptimizerFactory, dtype: torch.dtype, device: torch.device) -> StateLayout:
+    """Learn an optimizer's state from one step on a (6, 10) parameter.
+
+    Raises `UserError` when `factory` does not return an optimizer, or its state holds a tensor of another shape.
+    """
+    parameter = nn.Parameter(torch.zeros(6, 10, dtype=dtype, device=device))
+    optimizer = factory([parameter])
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(f"optimizer(params) must return a torch optimizer, it returned {type(optimizer).__name__}")
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moments: dict[str, torch.dtype] = {}
+    scalars: dict[str, Any] = {}
+    for name, value in optimizer.state[parameter].items():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            moments[name] = value.dtype
+        elif isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0):
+            scalars[name] = value
+        elif value is not None:
+            what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(
+                f"{type(optimizer).__name__} keeps {name!r} as {what}, not of the parameter's shape: "
+                "it cannot be carried between rounds, use optimizer.state: reset"
+            )
+    return StateLayout(moments, scalars, optimizer.param_groups[0].get("betas"))
+
+
+def set_scalars(state: dict[str, Any], layout: StateLayout, values: Mapping[str, float]) -> None:
+    """Give one parameter's optimizer state its scalars, of the type and on the device the optimizer wants them."""
+    for name, example in layout.scalars.items():
+        value = values[name]
+        state[name] = torch.full_like(example, value) if isinstance(example, Tensor) else type(example)(value)
+
+
+def read_scalars(states: Iterable[tuple[str, Mapping[str, Any]]], layout: StateLayout) -> dict[str, dict[str, float]]:
+    return {name: {key: float(state[key]) for key in layout.scalars} for name, state in states}

@@ -1,0 +1,69 @@
+"""One flat allocation that holds many tensors: what the master, the staging buffers and the subnet all are."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from offload_trainer.device import memory
+from offload_trainer.errors import UserError
+
+ALIGNMENT = 64
+"""Bytes: every view starts on a cache line, so vectorised kernels and 16-byte device loads apply."""
+
+
+def slab_bytes(shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> int:
+    """Bytes of a slab of these shapes, alignment included."""
+    return sum(_padded(shape.numel(), dtype) for shape in shapes.values()) * dtype.itemsize
+
+
+def _padded(numel: int, dtype: torch.dtype) -> int:
+    unit = max(1, ALIGNMENT // dtype.itemsize)
+    return -(-numel // unit) * unit
+
+
+class Slab(Mapping[str, Tensor]):
+    """Named views of one flat tensor. `pin=True` registers exactly its bytes with CUDA (no rounding up)."""
+
+    def __init__(
+        self,
+        shapes: Mapping[str, torch.Size],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        *,
+        pin: bool = False,
+    ):
+        numel = sum(_padded(shape.numel(), dtype) for shape in shapes.values())
+        try:
+            self.flat = torch.empty(numel, dtype=dtype, device=device)
+        except RuntimeError as error:
+            gib = numel * dtype.itemsize / 2**30
+            raise UserError(f"cannot allocate a slab of {gib:.2f} GiB on {device}: {error}".splitlines()[0]) from error
+        self._pinned = False
+        if pin and numel:
+            memory.register(self.flat)
+            self._pinned = True
+        self._views: dict[str, Tensor] = {}
+        start = 0
+        for name, shape in shapes.items():
+            self._views[name] = self.flat[start : start + shape.numel()].view(shape)
+            start += _padded(shape.numel(), dtype)
+
+    def close(self) -> None:
+        """Unpin. The views stay valid for as long as somebody holds them."""
+        if self._pinned:
+            memory.unregister(self.flat)
+            self._pinned = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.flat.numel() * self.flat.element_size()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._views[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)

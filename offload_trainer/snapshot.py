@@ -1,0 +1,40 @@
+"""An offloader between two rounds as tensors and numbers, and back: what a checkpoint holds."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from offload_trainer.device import memory
+from offload_trainer.master.checkpoint import Checkpoint, CheckpointStore
+from offload_trainer.offloader import Offloader
+
+
+def save(offloader: Offloader, store: CheckpointStore, extra: Mapping[str, Any] | None = None) -> Path:
+    """Write a checkpoint of an offloader between two rounds."""
+    state = offloader.state()
+    parts: dict[str, Mapping[str, Tensor]] = {
+        "weights": offloader.master,
+        "structure": offloader.structure.state_dict(),
+        "random": memory.random_state(offloader.device),
+        **{f"moments.{name}": tensors for name, tensors in offloader.moments.items()},
+    }
+    return store.save(offloader.steps, parts, {"offloader": state, **(extra or {})})
+
+
+def check(checkpoint: Checkpoint, shapes: Mapping[str, Any], moments: Mapping[str, Any], trained: set[str]) -> None:
+    """Raise `UserError` unless the checkpoint is of a model of these shapes; reads headers only."""
+    checkpoint.check("weights", shapes)
+    for name in moments:
+        checkpoint.check(f"moments.{name}", {n: shape for n, shape in shapes.items() if n in trained})
+
+
+def restore(offloader: Offloader, checkpoint: Checkpoint) -> None:
+    """Put a freshly made offloader where the checkpoint's was."""
+    checkpoint.read_into("weights", offloader.master)
+    for name, tensors in offloader.moments.items():
+        checkpoint.read_into(f"moments.{name}", tensors)
+    offloader.structure.load_state_dict(checkpoint.read("structure"))
+    offloader.load_state(checkpoint.meta["offloader"])
+    memory.set_random_state(offloader.device, checkpoint.read("random"))

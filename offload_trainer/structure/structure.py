@@ -1,0 +1,291 @@
+"""The probability of every unit: drawing subnetworks from it, and learning it from pairs of losses."""
+
+import math
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from offload_trainer.errors import UserError
+from offload_trainer.structure.estimators import rloo, vr_pge
+from offload_trainer.structure.projection import project
+from offload_trainer.structure.samplers import bernoulli, fixed
+from offload_trainer.structure.schedules import Schedule, constant, cubic
+
+Estimator = Literal["rloo", "vr_pge"]
+Sampler = Literal["fixed", "bernoulli"]
+Budget = Literal["per_group", "global"]
+ScheduleName = Literal["constant", "cubic"]
+Kept = dict[str, Tensor]
+"""Name of each sampled group → its kept units, int64, sorted."""
+
+
+class GroupLike(Protocol):
+    """What a structure has to know of a group."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def units(self) -> int: ...
+
+
+class Structure:
+    """Probabilities s of the units of the sampled groups, on the CPU.
+
+    A round calls `set_step(step)`, `pair()` and, when the losses of the two subnetworks are known,
+    `update(d)`. All follows from `seed` and the values of d, so ranks that share them draw the same masks.
+
+    groups: any iterable of objects with `name` and `units`, such as `Groups`.
+    keep: keep ratio of every group, in (0, 1]; not used when `per_group_keep` is given.
+    per_group_keep: fnmatch pattern of group names → keep ratio; the first match decides. A group that matches
+        none, or whose ratio is 1, is not sampled: it stays whole and has no s.
+    estimator, alpha: gradient of s, and the exponent of its preconditioner, in [1/2, 1) (estimators.py).
+    sampler: "fixed" keeps round(sum of s) units of a group, "bernoulli" draws each on its own (samplers.py).
+    budget: "per_group": sum(s) <= keep * units in each group. "global": over all sampled units together. With
+        "fixed", widths are constant under "per_group" and vary between draws under "global".
+    min_units: units that every group keeps at least.
+    lr: step size of Adam on s, about how far s moves in an update.
+    paired_batches: batches a round on which the two subnetworks are compared; d is the mean over them.
+    schedule, start_keep, schedule_steps: "cubic" lowers the keep ratio from `start_keep` (1 if None) at step
+        0 to each group's own at step `schedule_steps` (schedules.py).
+    seed: of the one generator that draws the masks.
+
+    Raises UserError: a value out of range, a pattern without effect, a group of fewer than `min_units` units.
+    """
+
+    names: tuple[str, ...]
+    """The sampled groups, in the order of `groups`."""
+    s: dict[str, Tensor]
+    """Name → (units,) fp32 in [0, 1]: views of one flat vector, which `update` and `set_step` change."""
+    step: int
+    """The optimizer step whose keep ratios hold."""
+
+    def __init__(
+        self,
+        groups: Iterable[GroupLike],
+        keep: float = 0.25,
+        *,
+        per_group_keep: dict[str, float] | None = None,
+        estimator: Estimator = "rloo",
+        alpha: float = 0.5,
+        sampler: Sampler = "fixed",
+        budget: Budget = "per_group",
+        min_units: int = 1,
+        lr: float = 12e-3,
+        paired_batches: int = 4,
+        schedule: ScheduleName = "constant",
+        start_keep: float | None = None,
+        schedule_steps: int = 0,
+        seed: int = 0,
+    ):
+        for key, value, choices in (
+            ("estimator", estimator, get_args(Estimator)),
+            ("sampler", sampler, get_args(Sampler)),
+            ("budget", budget, get_args(Budget)),
+            ("schedule", schedule, get_args(ScheduleName)),
+        ):
+            _require(value in choices, key, value, f"be one of {', '.join(choices)}")
+        _require(0 < keep <= 1, "keep", keep, "be in (0, 1]")
+        _require(0.5 <= alpha < 1, "alpha", alpha, "be in [0.5, 1)")
+        _require(0 < lr < math.inf, "lr", lr, "be positive and finite")
+        _require(paired_batches >= 1, "paired_batches", paired_batches, "be at least 1")
+        _require(min_units >= 1, "min_units", min_units, "be at least 1")
+        units = {group.name: group.units for group in groups}
+        ratios = _keep_ratios(list(units), keep, per_group_keep)
+        for name in ratios:
+            rule = f"be at most {units[name]}, the units of {name}"
+            _require(min_units <= units[name], "min_units", min_units, rule)
+
+        self.names = tuple(ratios)
+        self.step = 0
+        self.estimator: Estimator = estimator
+        self.alpha = alpha
+        self.sampler: Sampler = sampler
+        self.budget: Budget = budget
+        self.min_units = min_units
+        self.paired_batches = paired_batches
+        self._units = {name: units[name] for name in ratios}
+        self._schedules = _schedules(ratios, schedule, start_keep, schedule_steps)
+        self._generator = torch.Generator("cpu").manual_seed(seed)
+
+        self._flat = torch.empty(sum(self._units.values()), dtype=torch.float32, device="cpu")
+        self.s = self._by_name(self._flat)
+        for name, s in self.s.items():
+            s.fill_(self._ratio(name))
+        # Masks m and m′, (2, n). All False: none drawn yet.
+        self._pair = torch.zeros(2, self._flat.numel(), dtype=torch.bool, device="cpu")
+        self._adam = torch.optim.Adam([self._flat], lr=lr)
+        # Made here and not by the first step, so that state_dict always has the same keys.
+        self._moments: dict[str, Tensor] = {
+            "step": torch.zeros((), dtype=torch.float32, device="cpu"),
+            "exp_avg": torch.zeros_like(self._flat),
+            "exp_avg_sq": torch.zeros_like(self._flat),
+        }
+        self._adam.state[self._flat] = self._moments
+
+    @property
+    def keep(self) -> float:
+        """Sum of s over the number of sampled units; 1 when no group is sampled."""
+        return float(self._flat.double().mean()) if self.names else 1.0
+
+    @property
+    def constant_widths(self) -> bool:
+        """Whether every draw, from this step on, keeps the same number of units of each group."""
+        settled = all(self.step >= schedule.steps for schedule in self._schedules.values())
+        return not self.names or (self.sampler == "fixed" and self.budget == "per_group" and settled)
+
+    def set_step(self, step: int) -> None:
+        """Moves the schedule to optimizer step `step`; if that changes a keep ratio, s is projected."""
+        before = [self._ratio(name) for name in self.names]
+        self.step = step
+        if [self._ratio(name) for name in self.names] != before:
+            self._project()
+
+    def pair(self) -> tuple[Kept, Kept]:
+        """Draws m and m′ from s, independently, and remembers both for `update`."""
+        self._pair = torch.stack([self._draw(), self._draw()])
+        return self._kept(self._pair[0]), self._kept(self._pair[1])
+
+    def draw(self) -> Kept:
+        """One more sample. It does not replace the remembered pair, but moves the generator on."""
+        return self._kept(self._draw())
+
+    def update(self, d: float) -> None:
+        """Moves s down the gradient that the last pair estimates, and back into its budget.
+
+        d: L(m) - L(m′), mean over the paired batches and all ranks. Raises UserError if it is not finite (s
+        is as before) and RuntimeError if no pair was drawn.
+        """
+        if not math.isfinite(d):
+            raise UserError(f"loss difference of the paired subnetworks ({d}) must be finite")
+        if not self.names:
+            return
+        if not self._pair.any():
+            raise RuntimeError("update() needs the masks of a pair(): draw one first")
+        estimate = rloo if self.estimator == "rloo" else vr_pge
+        self._flat.grad = estimate(self._flat, self._pair[0], self._pair[1], d, self.alpha)
+        self._adam.step()
+        self._project()
+
+    def top(self) -> Kept:
+        """The units of largest s, as many as the keep ratios of this step allow.
+
+        per_group: max(min_units, round(keep * units)) of each group. global: round(sum of keep * units) of
+        all, but `min_units` of each group at least. Of equal s the lower index comes first, across groups
+        relative to their size, so that an untrained s gives each group its share.
+        """
+        mask = torch.zeros_like(self._flat, dtype=torch.bool)
+        for name, part in self._by_name(mask).items():
+            width = self._width(name) if self.budget == "per_group" else self.min_units
+            part[self.s[name].argsort(descending=True, stable=True)[:width]] = True
+        if self.budget == "global":
+            place = torch.empty_like(self._flat)
+            for part in self._by_name(place).values():
+                part.copy_(torch.linspace(0, 1, part.numel(), device="cpu"))
+            rest = place.argsort(stable=True)
+            rest = rest[~mask[rest]]
+            missing = max(round(self._allowance()) - int(mask.sum()), 0)
+            mask[rest[self._flat[rest].argsort(descending=True, stable=True)[:missing]]] = True
+        return self._kept(mask)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of all that changes, as plain tensors: `load_state_dict` continues from them bit for bit."""
+        return {
+            "s": self._flat.clone(),
+            **{f"adam.{key}": value.clone() for key, value in self._moments.items()},
+            "step": torch.tensor(self.step, device="cpu"),
+            "pair": self._pair.clone(),  # (2, n) bool
+            "units": torch.tensor([*self._units.values()], dtype=torch.long, device="cpu"),  # of each group
+            "generator": self._generator.get_state(),  # uint8
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes over the state of a structure made with the same arguments; UserError if it does not fit."""
+        own = self.state_dict()
+        if state.keys() != own.keys():
+            raise UserError(f"structure state ({', '.join(state) or 'empty'}) must hold {', '.join(own)}")
+        if not torch.equal(state["units"], own["units"]):
+            raise UserError(
+                f"structure state ({len(state['units'])} sampled groups, {state['s'].numel()} units) must fit"
+                f" the model and keep ratios of this run ({len(self.names)}, {self._flat.numel()})"
+            )
+        self._flat.copy_(state["s"])
+        for key, value in self._moments.items():
+            value.copy_(state[f"adam.{key}"])
+        self.step = int(state["step"])
+        self._pair = state["pair"].clone()
+        self._generator.set_state(state["generator"])
+
+    def _ratio(self, name: str) -> float:
+        return self._schedules[name].keep_at(self.step)
+
+    def _allowance(self) -> float:
+        """The largest sum of s over all sampled units, at this step."""
+        return sum(self._ratio(name) * units for name, units in self._units.items())
+
+    def _width(self, name: str) -> int:
+        """Units of this group that the fixed sampler keeps."""
+        if self.budget == "global":
+            return max(self.min_units, round(float(self.s[name].double().sum())))
+        return max(self.min_units, round(self._ratio(name) * self._units[name]))
+
+    def _project(self) -> None:
+        if self.budget == "global":
+            self._flat.copy_(project(self._flat, self._allowance()))
+            return
+        for name, s in self.s.items():
+            s.copy_(project(s, self._ratio(name) * self._units[name]))
+
+    def _draw(self) -> Tensor:  # (n,) bool
+        mask = torch.zeros_like(self._flat, dtype=torch.bool)
+        for name, part in self._by_name(mask).items():
+            s = self.s[name]
+            if self.sampler == "fixed":
+                part.copy_(fixed(s, self._width(name), self._generator))
+            else:
+                part.copy_(bernoulli(s, self.min_units, self._generator))
+        return mask
+
+    def _by_name(self, flat: Tensor) -> dict[str, Tensor]:  # views of (n,)
+        return dict(zip(self.names, flat.split([*self._units.values()]), strict=True)) if self.names else {}
+
+    def _kept(self, mask: Tensor) -> Kept:
+        return {name: part.nonzero().flatten() for name, part in self._by_name(mask).items()}
+
+
+def _require(holds: bool, key: str, value: object, rule: str) -> None:
+    if not holds:
+        raise UserError(f"structure.{key} ({value}) must {rule}")
+
+
+def _keep_ratios(names: list[str], keep: float, patterns: dict[str, float] | None) -> dict[str, float]:
+    """Name of each sampled group → its keep ratio, below 1."""
+    ratios = dict.fromkeys(names, keep if patterns is None else 1.0)
+    free = names
+    for pattern, ratio in (patterns or {}).items():
+        _require(0 < ratio <= 1, f"per_group_keep[{pattern!r}]", ratio, "be in (0, 1]")
+        matched = [name for name in free if fnmatchcase(name, pattern)]
+        free = [name for name in free if name not in matched]
+        some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        rule = f"match a group that no earlier pattern matches; the groups are {some or 'none'}"
+        _require(bool(matched), "per_group_keep", repr(pattern), rule)
+        ratios.update(dict.fromkeys(matched, ratio))
+    return {name: ratio for name, ratio in ratios.items() if ratio < 1}
+
+
+def _schedules(
+    ratios: dict[str, float], kind: ScheduleName, start: float | None, steps: int
+) -> dict[str, Schedule]:
+    """Name of each sampled group → its schedule."""
+    if kind == "constant":
+        _require(start is None, "start_keep", start, "be left out when structure.schedule is constant")
+        _require(steps == 0, "schedule_steps", steps, "be left out when structure.schedule is constant")
+        return {name: constant(ratio) for name, ratio in ratios.items()}
+    start = 1.0 if start is None else start
+    largest = max(ratios.values(), default=0.0)
+    _require(0 < start <= 1, "start_keep", start, "be in (0, 1]")
+    _require(largest <= start, "start_keep", start, f"not be below a keep ratio that it leads to ({largest})")
+    _require(steps >= 1, "schedule_steps", steps, "be at least 1 when structure.schedule is cubic")
+    return {name: cubic(ratio, start, steps) for name, ratio in ratios.items()}

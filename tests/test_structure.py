@@ -1,0 +1,239 @@
+"""A structure learns within its budget, follows its schedule, repeats itself and resumes bit for bit."""
+
+from collections import namedtuple
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from offload_trainer.errors import UserError
+from offload_trainer.structure import Structure, constant, cubic, project, rloo
+
+Group = namedtuple("Group", "name units")
+GROUPS = [
+    Group("residual", 10),
+    Group("layers.0.mlp", 12),
+    Group("layers.1.mlp", 7),
+    Group("layers.0.heads", 4),
+]
+
+
+def rounds(structure: Structure, count: int, first: int = 0) -> list[Tensor]:
+    """`count` rounds whose d depends on what was drawn; returns everything drawn and s after each."""
+    trace = []
+    for step in range(first, first + count):
+        structure.set_step(step)
+        m, m2 = structure.pair()
+        trace += [*m.values(), *m2.values()]
+        structure.update(sum(float(i.double().mul(2).sin().sum()) for i in m.values()) - len(m2) / (step + 1))
+        trace += [s.clone() for s in structure.s.values()]
+    return trace
+
+
+def assert_same(trace: list[Tensor], other: list[Tensor]) -> None:
+    assert len(trace) == len(other)
+    assert all(torch.equal(a, b) for a, b in zip(trace, other, strict=True))
+
+
+VARIANTS = [
+    {},
+    {"sampler": "bernoulli", "estimator": "vr_pge"},
+    {"budget": "global", "min_units": 2},
+    {"budget": "global", "sampler": "bernoulli", "min_units": 3, "alpha": 0.75},
+    {"per_group_keep": {"residual": 1.0, "*mlp": 0.3, "*": 0.5}, "schedule": "cubic", "schedule_steps": 12},
+]
+
+
+@pytest.mark.parametrize("arguments", VARIANTS)
+def test_drawn_indices_are_sorted_in_range_and_at_least_min_units(arguments: dict[str, Any]):
+    structure = Structure(GROUPS, **arguments)
+    units = {group.name: group.units for group in GROUPS}
+    for step in range(30):
+        structure.set_step(step)
+        for kept in (*structure.pair(), structure.draw(), structure.top()):
+            assert tuple(kept) == structure.names
+            for name, indices in kept.items():
+                assert indices.dtype == torch.int64
+                assert (indices.diff() > 0).all()
+                assert len(indices) >= structure.min_units
+                assert indices[0] >= 0 and indices[-1] < units[name]
+        structure.update((-1) ** step)
+
+
+@pytest.mark.parametrize("budget", ["per_group", "global"])
+def test_first_update_is_adam_and_then_the_projection(budget: Any):
+    """Adam's first step is lr * sign(gradient), whatever its size."""
+    structure = Structure(GROUPS, keep=0.3, budget=budget, lr=0.01)
+    before = {name: s.clone() for name, s in structure.s.items()}
+    m, m2 = structure.pair()
+    structure.update(0.7)
+    moved = {}
+    for group in GROUPS:
+        mask, mask2 = torch.zeros(group.units), torch.zeros(group.units)
+        mask[m[group.name]], mask2[m2[group.name]] = 1, 1
+        gradient = rloo(before[group.name], mask, mask2, 0.7, 0.5)
+        moved[group.name] = before[group.name] - 0.01 * gradient.sign()
+    if budget == "global":
+        expected = project(torch.cat([*moved.values()]), sum(0.3 * group.units for group in GROUPS))
+        torch.testing.assert_close(torch.cat([*structure.s.values()]), expected, rtol=0, atol=1e-6)
+    else:
+        for group in GROUPS:
+            expected = project(moved[group.name], 0.3 * group.units)
+            torch.testing.assert_close(structure.s[group.name], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("arguments", VARIANTS)
+def test_s_stays_inside_its_box_and_budget(arguments: dict[str, Any]):
+    structure = Structure(GROUPS, **arguments)
+    rounds(structure, 40)
+    s = torch.cat([*structure.s.values()])
+    assert s.min() >= 0 and s.max() <= 1
+    ratios = {"layers.0.mlp": 0.3, "layers.1.mlp": 0.3, "layers.0.heads": 0.5}
+    budgets = {
+        group.name: group.units * (ratios[group.name] if "per_group_keep" in arguments else 0.25)
+        for group in GROUPS
+        if group.name in structure.names
+    }
+    assert s.sum() <= sum(budgets.values()) + 1e-4
+    if structure.budget == "per_group":
+        for name, budget in budgets.items():
+            assert structure.s[name].sum() <= budget + 1e-4
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "vr_pge"])
+@pytest.mark.parametrize("sampler", ["fixed", "bernoulli"])
+@pytest.mark.parametrize("budget", ["per_group", "global"])
+def test_helpful_units_are_found(estimator: Any, sampler: Any, budget: Any):
+    """Additive loss: the even units of each group lower it by 1 to 2, the odd ones do not change it."""
+    groups = [Group("a", 12), Group("b", 8)]
+    structure = Structure(groups, 0.5, estimator=estimator, sampler=sampler, budget=budget, seed=1)
+    helps = {
+        g.name: torch.where(torch.arange(g.units) % 2 == 0, torch.linspace(1, 2, g.units), 0) for g in groups
+    }
+
+    def loss(kept: dict[str, Tensor]) -> float:
+        return -sum(float(helps[name][indices].sum()) for name, indices in kept.items())
+
+    untrained = sum(loss(structure.draw()) for _ in range(50)) / 50
+    for _ in range(400):
+        m, m2 = structure.pair()
+        structure.update(loss(m) - loss(m2))
+    for s in structure.s.values():
+        assert s[0::2].mean() > s[1::2].mean() + 0.5
+    assert loss(structure.top()) < 1.5 * untrained
+
+
+def test_update_uses_the_last_pair_and_not_a_later_draw():
+    one, other = Structure(GROUPS), Structure(GROUPS)
+    one.pair()
+    other.pair()
+    other.draw()
+    one.update(0.5)
+    other.update(0.5)
+    assert_same([*one.s.values()], [*other.s.values()])
+
+
+@pytest.mark.parametrize("d", [float("nan"), float("inf"), -float("inf")])
+def test_loss_difference_that_is_not_finite_is_refused_and_changes_nothing(d: float):
+    structure = Structure(GROUPS)
+    structure.pair()
+    before = structure.state_dict()
+    with pytest.raises(UserError, match=r"loss difference .* must be finite"):
+        structure.update(d)
+    assert_same([*structure.state_dict().values()], [*before.values()])
+
+
+def test_update_before_a_pair_is_an_error():
+    with pytest.raises(RuntimeError, match="draw one first"):
+        Structure(GROUPS).update(1.0)
+
+
+def test_schedules():
+    assert [constant(0.3).keep_at(step) for step in (0, 5, 10**6)] == [0.3] * 3
+    falling = cubic(keep=0.2, start_keep=1.0, steps=10)
+    assert falling.keep_at(0) == 1.0
+    assert falling.keep_at(5) == pytest.approx(0.2 + 0.8 / 8)
+    assert falling.keep_at(10) == falling.keep_at(11) == 0.2
+    assert all(falling.keep_at(t) > falling.keep_at(t + 1) for t in range(10))
+
+
+def test_cubic_schedule_shrinks_s_of_every_group_to_its_own_ratio():
+    structure = Structure(
+        GROUPS,
+        per_group_keep={"*mlp": 0.25, "residual": 0.5},
+        schedule="cubic",
+        start_keep=0.9,
+        schedule_steps=20,
+    )
+    assert all(torch.equal(s, torch.full_like(s, 0.9)) for s in structure.s.values())
+    assert structure.names == ("residual", "layers.0.mlp", "layers.1.mlp")
+    assert {name: len(kept) for name, kept in structure.draw().items()} == {
+        "residual": 9,
+        "layers.0.mlp": 11,
+        "layers.1.mlp": 6,
+    }
+    structure.set_step(10)
+    assert float(structure.s["residual"][0]) == pytest.approx(0.5 + 0.4 / 8)
+    assert float(structure.s["layers.0.mlp"][0]) == pytest.approx(0.25 + 0.65 / 8)
+    structure.set_step(20)
+    assert {name: float(s[0]) for name, s in structure.s.items()} == pytest.approx(
+        {"residual": 0.5, "layers.0.mlp": 0.25, "layers.1.mlp": 0.25}
+    )
+
+
+@pytest.mark.parametrize("arguments", VARIANTS)
+def test_same_seed_same_run_other_seed_another(arguments: dict[str, Any]):
+    trace = rounds(Structure(GROUPS, seed=3, **arguments), 20)
+    assert_same(trace, rounds(Structure(GROUPS, seed=3, **arguments), 20))
+    other = rounds(Structure(GROUPS, seed=4, **arguments), 20)
+    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(trace, other, strict=True))
+
+
+@pytest.mark.parametrize("arguments", VARIANTS)
+@pytest.mark.parametrize("between_pair_and_update", [False, True])
+def test_resume_continues_bit_for_bit(arguments: dict[str, Any], between_pair_and_update: bool):
+    whole = Structure(GROUPS, **arguments)
+    rounds(whole, 7)
+    if between_pair_and_update:
+        whole.pair()
+    state = whole.state_dict()
+    resumed = Structure(GROUPS, seed=99, **arguments)
+    views = dict(resumed.s)
+    resumed.load_state_dict(state)
+    assert resumed.step == whole.step and resumed.constant_widths == whole.constant_widths
+    assert all(resumed.s[name] is view for name, view in views.items())
+    if between_pair_and_update:
+        whole.update(0.3)
+        resumed.update(0.3)
+    assert_same(rounds(whole, 10, first=7), rounds(resumed, 10, first=7))
+    assert_same([*whole.top().values()], [*resumed.top().values()])
+
+
+def test_state_is_plain_tensors_that_later_rounds_leave_alone():
+    structure = Structure(GROUPS)
+    fresh = structure.state_dict()
+    rounds(structure, 3)
+    state = structure.state_dict()
+    assert state.keys() == fresh.keys()
+    assert all(type(value) is Tensor for value in state.values())
+    copies = [value.clone() for value in state.values()]
+    rounds(structure, 3)
+    assert_same([*state.values()], copies)
+
+
+def test_state_of_another_structure_is_refused():
+    structure = Structure(GROUPS)
+    with pytest.raises(UserError, match=r"4 sampled groups, 33 units\) must fit .* \(2, 19\)"):
+        Structure(GROUPS, per_group_keep={"*mlp": 0.25}).load_state_dict(structure.state_dict())
+    with pytest.raises(UserError, match=r"structure state \(s\) must hold s, adam.step"):
+        structure.load_state_dict({"s": torch.zeros(33)})
+
+
+def test_default_device_does_not_matter():
+    with torch.device("meta"):
+        structure = Structure(GROUPS, budget="global", schedule="cubic", schedule_steps=30)
+        trace = rounds(structure, 3)
+        structure.top()
+        structure.load_state_dict(structure.state_dict())
+    assert_same(trace, rounds(Structure(GROUPS, budget="global", schedule="cubic", schedule_steps=30), 3))
