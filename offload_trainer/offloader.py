@@ -54,14 +54,18 @@ class Offloader:
         if sync_every < 1:
             raise UserError(f"sync_every ({sync_every}) must be at least 1")
         if compile and not structure.constant_widths:
-            raise UserError("memory.compile needs plans of constant widths: structure.sampler fixed, budget per_group")
+            raise UserError(
+                "memory.compile needs plans of constant widths: structure.sampler fixed, budget per_group"
+            )
         self.accelerator = accelerator or Accelerator()
         self.device = self.accelerator.device
         self.groups, self.structure, self.loss_fn = groups, structure, loss_fn
         self.sync_every, self.clip_norm = sync_every, clip_norm
         self._factory, self._carry, self._compile = optimizer, state == "carry", compile
         dtype = next(model.parameters()).dtype
-        self.layout = probe_optimizer(optimizer, dtype, self.device) if self._carry else StateLayout({}, {}, None)
+        self.layout = (
+            probe_optimizer(optimizer, dtype, self.device) if self._carry else StateLayout({}, {}, None)
+        )
         self._sampled = frozenset(s.tensor for name in structure.names for s in groups.slots(name))
         self.steps = 0
         """Optimizer steps taken."""
@@ -276,6 +280,34 @@ class Offloader:
             f"{what} at step {first}, round {self.rounds}: the master and the last checkpoint keep the values from before "
             "this round; lower optimizer.lr, set optimizer.clip_norm or turn memory.autocast off"
         )
+
+    def probabilities(self) -> Tensor:
+        """s of every sampled unit, flat; a single 1 when no group is sampled."""
+        return torch.cat(list(self.structure.s.values())) if self.structure.names else torch.ones(1)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the tensors that the rounds keep on the device, activations aside."""
+        parts = [part for part in (self._subnet, self._reference) if part is not None]
+        held = sum(part.nbytes for part in parts)
+        if self._subnet is not None:
+            gradients = sum(p.numel() * p.element_size() for p in self._subnet.parameters.values())
+            held += self._subnet.moment_bytes + gradients
+        return held
+
+    def measured(self) -> dict[str, Any]:
+        """Numbers of the running (or last) round, for a log."""
+        return {
+            "keep": self.structure.keep,
+            "gather_ms": self.report.gather_ms,
+            "writeback_ms": self.report.writeback_ms,
+            "delta_norm": self.report.delta_norm,
+            "difference": self.report.difference,
+            "bytes_moved": self.report.bytes_moved,
+            "transfer_share": self.spent.share(),
+            "host_bytes": memory.host_bytes(),
+            "device_bytes": memory.device_bytes(self.device) or self.device_bytes,
+        }
 
     # Between two rounds: what a checkpoint needs beside the tensors
 

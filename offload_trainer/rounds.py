@@ -1,8 +1,15 @@
-"""What a round cost and did."""
+"""What a round cost and did, and where a run's time went."""
 
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from offload_trainer.device import ranks
 
 
 @dataclass
@@ -27,9 +34,62 @@ class Spent:
     gather: float = 0.0
     writeback: float = 0.0
     reference: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    def share(self) -> float:
+        """Of all the time so far, the part that went into transfers."""
+        return (self.gather + self.writeback) / max(1e-9, time.perf_counter() - self.started)
 
     @contextmanager
     def on(self, what: str):
         start = time.perf_counter()
         yield
         setattr(self, what, getattr(self, what) + time.perf_counter() - start)
+
+
+class Meter:
+    """Loss and speed since the last reading, and where the wall time went."""
+
+    def __init__(self, unit: str, base_bytes: int):
+        self.unit, self.base_bytes = unit, base_bytes
+        self._losses: list[Tensor] = []
+        self._units = self._total = 0
+        self._window = self._start = time.perf_counter()
+        self._paused: dict[str, float] = {}
+        self._stopped: float | None = None
+        self._within = 0.0
+
+    def add(self, units: int, loss: Tensor) -> None:
+        self._losses.append(loss.detach())
+        self._units += units
+        self._total += units
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """Mean loss and speed since the last reading. The host waits for the device here."""
+        loss = ranks.mean(accelerator, torch.stack(self._losses).mean())
+        now = time.perf_counter()
+        speed = self._units / (now - self._window)
+        self._losses, self._units, self._window = [], 0, now
+        return {"loss": loss, f"{self.unit}_per_second": speed}
+
+    @contextmanager
+    def paused(self, what: str):
+        """Time that is not training."""
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        self._window += seconds
+        self._paused[what] = self._paused.get(what, 0.0) + seconds
+
+    def stop(self) -> None:
+        """Training is over; what is paused from now on does not lie within its time."""
+        self._stopped = time.perf_counter()
+        self._within = sum(self._paused.values())
+
+    def summary(self, spent: Spent) -> dict[str, Any]:
+        seconds = (self._stopped or time.perf_counter()) - self._start - self._within
+        split = {name: getattr(spent, name) for name in ("gather", "writeback", "reference")}
+        return {
+            f"{self.unit}_per_second": self._total / seconds if seconds else 0.0,
+            "seconds": {"train": seconds - sum(split.values()), **split, **self._paused},
+        }

@@ -14,7 +14,9 @@ def register(tensor: Tensor) -> None:
     nbytes = tensor.numel() * tensor.element_size()
     status = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), nbytes, 0))
     if status != 0:
-        raise UserError(f"cannot pin {nbytes / 2**30:.2f} GiB of host memory (CUDA error {status}); see `ulimit -l`")
+        raise UserError(
+            f"cannot pin {nbytes / 2**30:.2f} GiB of host memory (CUDA error {status}); see `ulimit -l`"
+        )
 
 
 def unregister(tensor: Tensor) -> None:

@@ -1,6 +1,7 @@
 """What can be sliced of a model, found by tracing; and the frozen plan that says which units are kept."""
 
 from offload_trainer.groups.plan import Group, Groups, Plan, Slot
+from offload_trainer.groups.rulebook import read_rules
 from offload_trainer.groups.rules import rule
 from offload_trainer.groups.slicing import slice_module
 from offload_trainer.groups.tracing import find_groups
@@ -13,6 +14,7 @@ __all__ = [
     "Slot",
     "find_groups",
     "random_plan",
+    "read_rules",
     "rule",
     "slice_module",
     "verify_groups",

@@ -1,8 +1,19 @@
-"""The full-size parameters, buffers and optimizer state in host memory, and their checkpoints."""
+"""The full-size parameters, buffers and optimizer state in host memory, their checkpoints, and the ledger."""
 
-from offload_trainer.master.checkpoint import Checkpoint, CheckpointStore
+from offload_trainer.master.checkpoint import Checkpoint, CheckpointStore, find_checkpoint
+from offload_trainer.master.ledger import Ledger, predict
 from offload_trainer.master.master import Master
 from offload_trainer.master.moments import StateLayout, probe_optimizer
-from offload_trainer.master.slab import Slab, slab_bytes
+from offload_trainer.master.slab import Slab
 
-__all__ = ["Checkpoint", "CheckpointStore", "Master", "Slab", "StateLayout", "probe_optimizer", "slab_bytes"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointStore",
+    "Ledger",
+    "Master",
+    "Slab",
+    "StateLayout",
+    "find_checkpoint",
+    "predict",
+    "probe_optimizer",
+]

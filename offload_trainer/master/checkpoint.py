@@ -72,9 +72,14 @@ class CheckpointStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".writing-*"):
             shutil.rmtree(leftover)  # of a run that was killed while writing
-        need, free = sum(file_bytes(tensors) for tensors in parts.values()), shutil.disk_usage(self.folder).free
+        need, free = (
+            sum(file_bytes(tensors) for tensors in parts.values()),
+            shutil.disk_usage(self.folder).free,
+        )
         if need > free:
-            raise UserError(f"no room for a checkpoint in {self.folder}: it needs {_gib(need)}, {_gib(free)} are free")
+            raise UserError(
+                f"no room for a checkpoint in {self.folder}: it needs {_gib(need)}, {_gib(free)} are free"
+            )
         writing = self.folder / f".writing-{path.name}"
         try:
             writing.mkdir()
@@ -88,7 +93,9 @@ class CheckpointStore:
         except BaseException as error:
             shutil.rmtree(writing, ignore_errors=True)
             if isinstance(error, OSError):
-                raise UserError(f"cannot write a checkpoint to {self.folder}: {error.strerror or error}") from error
+                raise UserError(
+                    f"cannot write a checkpoint to {self.folder}: {error.strerror or error}"
+                ) from error
             raise
         for old in self._folders()[: -self.keep_last]:
             shutil.rmtree(old)
@@ -150,5 +157,3 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB"
-
-

@@ -27,7 +27,9 @@ _NAMES = {
 }
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> int:
     """Write host tensors to a new file, flushed to disk; returns its size in bytes."""
     header = _header(tensors, metadata)
     with open(path, "wb") as file:
@@ -43,7 +45,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 def file_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Size of the file `write_safetensors` would write."""
-    return 8 + len(_header(tensors, None)) + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return (
+        8
+        + len(_header(tensors, None))
+        + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    )
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
@@ -51,7 +57,11 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -
     position = 0
     for name, tensor in tensors.items():
         end = position + tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
+        entries[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
         position = end
     header = json.dumps(entries, separators=(",", ":")).encode()
     return header + b" " * (-len(header) % 8)  # values start on 8 bytes, as the library aligns them

@@ -192,7 +192,18 @@ def index_along(call: Call) -> None:
     "index_put", "index_put_", "_index_put_impl_", "nonzero", "unique", "_unique2", "masked_select", "one_hot"
 )
 @rule("bincount", "histc", "searchsorted", "bucketize", "tril", "triu", "_local_scalar_dense", "equal")
-@rule("lstm", "gru", "rnn_tanh", "rnn_relu", "mkldnn_rnn_layer", "_cudnn_rnn", "lstm_cell", "gru_cell", "im2col", "unfold")
+@rule(
+    "lstm",
+    "gru",
+    "rnn_tanh",
+    "rnn_relu",
+    "mkldnn_rnn_layer",
+    "_cudnn_rnn",
+    "lstm_cell",
+    "gru_cell",
+    "im2col",
+    "unfold",
+)
 def opaque(call: Call) -> None:
     pin_all(call, f"{call.name} does not keep units apart")
 

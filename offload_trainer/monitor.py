@@ -1,0 +1,276 @@
+"""What a run tells as it goes: metrics.jsonl, trackers, a live view on a terminal or plain lines elsewhere."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor
+
+EIGHTHS = " ▁▂▃▄▅▆▇█"
+WIDTH = 40  # of the two charts, in characters: the bins of the histogram of s
+ACCENT = "cyan"
+FACTS = {  # what is shown of a record: key → name in the live view, name in a line
+    "loss": ("loss", "loss "),
+    "val_loss": ("validation loss", "val loss "),
+    "val_accuracy": ("validation accuracy", "val accuracy "),
+    "keep": ("keep ratio ρ", "ρ "),
+    "round": ("round", "round "),
+    "per_second": ("speed", ""),
+    "transfer_share": ("transfers", "transfers "),
+    "host_bytes": ("host memory", "host "),
+    "device_bytes": ("device memory", "device "),
+}
+
+Record = dict[str, Any]
+
+
+class Monitor:
+    """Writes and shows the records of a run, on the main process alone: elsewhere its methods do nothing.
+
+    `out` must exist. With `first_step` 0 an older metrics.jsonl is replaced; else the run is resumed after
+    that step, and what was logged of later ones is dropped, since it will be logged again.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        steps: int,
+        unit: str,
+        accelerator: "Accelerator",
+        display: Literal["auto", "rich", "plain"] = "auto",
+        first_step: int = 0,
+        console: Console | None = None,
+    ):
+        self.out, self.steps, self.unit, self.first_step = Path(out), steps, unit, first_step
+        self.accelerator, self.main = accelerator, accelerator.is_main_process
+        self.console = console or Console(force_terminal=True if display == "rich" else None)
+        terminal = self.console.is_terminal and not self.console.is_dumb_terminal
+        self.latest: Record = {"step": first_step}
+        self.losses: dict[int, float] = {}  # column of the chart → the last loss that falls into it
+        self.histogram: list[float] = []  # units in each of WIDTH equal parts of [0, 1]
+        self.started = time.monotonic()
+        self.live = None
+        if self.main and (display == "rich" or (display == "auto" and terminal)):
+            self.live = Live(get_renderable=self.view, console=self.console, refresh_per_second=2)
+
+    def __enter__(self) -> Self:
+        if self.main:
+            path = self.out / "metrics.jsonl"
+            kept = list(_records(path, self.first_step)) if self.first_step else []
+            _replace(path, "".join(map(_line, kept)))
+            for record in kept:
+                self._remember(record)
+            self.file = path.open("a", encoding="utf-8")
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.live:
+            self.live.stop()  # gives the cursor back, after Ctrl-C too
+        if self.main:
+            self.file.close()
+
+    def log(self, record: Record) -> None:
+        """Writes a record (it has a `step`) as one line, hands its numbers to the trackers and shows it.
+
+        All of it is written, NaN and infinity as null. Shown are loss, val_loss, val_accuracy, keep, round,
+        {unit}_per_second, transfer_share (of the time, in [0, 1]), host_bytes and device_bytes, as far as present.
+        """
+        if not self.main:
+            return
+        record = _plain(record)
+        self.file.write(_line(record))
+        self.file.flush()
+        if self.accelerator.trackers:
+            numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
+            self.accelerator.log(numbers, step=record["step"])
+        self._remember(record)
+        if not self.live:
+            words = [name + value for (_, name), value in self._facts(record)]
+            self.message("  ".join([f"step {record['step']}/{self.steps}", *words, f"left {self._left()}"]))
+
+    def show(self, s: "Tensor") -> None:
+        """Takes the probabilities s of all sampled units, (n,), for the histogram of the live view."""
+        if self.live:
+            self.histogram = s.detach().float().cpu().histc(WIDTH, 0, 1).tolist()
+
+    def message(self, text: str) -> None:
+        """Prints a line, above the live view if there is one."""
+        if self.main:
+            self.console.print(Text(text), soft_wrap=True)
+
+    def summary(self, record: Record) -> None:
+        """Writes summary.json, whole or not at all; ends the live view and prints the record as a table."""
+        if not self.main:
+            return
+        record = _plain(record)
+        _replace(self.out / "summary.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
+        if self.live:
+            self.live.stop()
+        table, previous = Table.grid(padding=(0, 3)), ""
+        for path, value in sorted(_leaves(record), key=lambda leaf: len(leaf[0]) > 1):  # loose ones first
+            section, name = (path[0], " ".join(path[1:])) if path[1:] else ("run", path[0])
+            words = ["" if section == previous else section, name]
+            table.add_row(*(Text(w.replace("_", " "), "dim") for w in words), Text(_worded(".".join(path), value)))
+            previous = section
+        self.console.print(_framed(table, "summary", expand=False) if self.live else table)
+
+    def view(self) -> RenderableType:
+        """One frame of the live view."""
+        step = self.latest["step"]
+        progress = Table.grid(expand=True, padding=(0, 2))
+        progress.add_column()
+        progress.add_column(ratio=1)
+        progress.add_row(
+            f"step {step:,} of {self.steps:,}",
+            ProgressBar(self.steps, step, complete_style=ACCENT, finished_style=ACCENT),
+            f"{step / self.steps:.0%}",
+            f"{_duration(time.monotonic() - self.started)} passed, {self._left()} left",
+        )
+        facts = Table.grid(padding=(0, 2))
+        for (name, _), value in self._facts(self.latest):
+            facts.add_row(Text(name, "dim"), Text(value))
+        charts = Group(*self._charts())
+        if self.console.width < 90:
+            body: RenderableType = Group(facts, "", charts)
+        else:
+            body = Table.grid(expand=True)
+            body.add_column(ratio=1)
+            body.add_row(facts, charts)
+        return _framed(Group(progress, "", body), f"offload-trainer · {self.out}", expand=True)
+
+    def _charts(self) -> Iterator[Text]:
+        """The loss over the whole run, and how many units have which probability."""
+        if self.losses:
+            low, high = min(self.losses.values()), max(self.losses.values())
+            spread = (high - low) or 1.0
+            shares = {column: (loss - low) / spread for column, loss in self.losses.items()}
+            yield _chart([shares.get(column) for column in range(WIDTH)], 3, "0", "loss by step", f"{self.steps:,}")
+        if self.histogram:
+            most = max(self.histogram) or 1.0
+            shares = [units / most if units else None for units in self.histogram]
+            yield Text()
+            yield _chart(shares, 4, "0", "units by probability s", "1")
+
+    def _facts(self, record: Record) -> Iterator[tuple[tuple[str, str], str]]:
+        """What is shown of a record: its two names, and its value in words."""
+        for key, names in FACTS.items():
+            key = f"{self.unit}_per_second" if key == "per_second" else key
+            if key in record:
+                yield names, _worded(key, record[key])
+
+    def _remember(self, record: Record) -> None:
+        self.latest |= record
+        if record.get("loss") is not None:
+            self.losses[min(WIDTH - 1, WIDTH * record["step"] // self.steps)] = record["loss"]
+
+    def _left(self) -> str:
+        """The time that the remaining steps take, at the speed of this run so far."""
+        step = self.latest["step"]
+        if step == self.first_step:
+            return "?"
+        return _duration((time.monotonic() - self.started) / (step - self.first_step) * (self.steps - step))
+
+
+def _records(path: Path, last_step: int) -> Iterator[Record]:
+    """The whole records of a metrics.jsonl up to a step; a line that was cut off while being written is none."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record.get("step", 0) <= last_step:
+            yield record
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file so that a reader, or a crash, meets the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Only what strict JSON has: numbers out of tensors, no NaN or infinity."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | None) else str(value)
+
+
+def _leaves(record: Record, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The values of nested maps with their paths, three deep at most."""
+    for key, value in record.items():
+        if not isinstance(value, dict):
+            yield (*path, key), value
+        elif len(path) < 2:
+            yield from _leaves(value, *path, key)
+
+
+def _framed(content: RenderableType, title: str, expand: bool) -> Panel:
+    return Panel(content, title=title, title_align="left", border_style="dim", padding=(1, 2), expand=expand)
+
+
+def _chart(shares: Sequence[float | None], rows: int, left: str, middle: str, right: str) -> Text:
+    """A bar for each share in [0, 1] of the height, none for None, above a caption."""
+    bars = [0 if share is None else max(1, round(share * 8 * rows)) for share in shares]
+    lines = ["".join(EIGHTHS[min(8, max(0, bar - 8 * row))] for bar in bars) for row in range(rows)]
+    caption = left + middle.center(WIDTH - len(left) - len(right)) + right
+    return Text.assemble(("\n".join(reversed(lines)), ACCENT), ("\n" + caption, "dim"))
+
+
+def _worded(key: str, value: Any) -> str:
+    """A value with its unit, which its dotted key tells."""
+    if value is None:
+        return "–"
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return str(value)
+    if key.endswith("_bytes"):
+        return _scaled(value, 1024, [" B", " KiB", " MiB", " GiB", " TiB"])
+    if key.endswith("_per_second"):
+        unit = key.rpartition(".")[2].removesuffix("_per_second")
+        return f"{_scaled(value, 1000, ['', 'k', 'M', 'G'])} {unit}/s"
+    if "seconds" in key:
+        return f"{value:,.1f} s"
+    if key.endswith(("_share", "accuracy")):
+        return f"{value:.1%}"
+    if key.endswith("loss"):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _scaled(value: float, base: int, names: list[str]) -> str:
+    power = 0
+    while abs(value) >= base and power < len(names) - 1:
+        value, power = value / base, power + 1
+    return f"{value:.{1 if power else 0}f}{names[power]}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,169 @@
+"""Everything a run needs, made from its config, and everything that can be wrong with it, found: nothing full-size yet."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from offload_trainer import snapshot
+from offload_trainer.config import Config, OptimizerConfig
+from offload_trainer.errors import UserError
+from offload_trainer.groups import Groups, Plan, find_groups, read_rules, verify_groups
+from offload_trainer.groups.slicing import named_tensors
+from offload_trainer.master import Checkpoint, Ledger, StateLayout, find_checkpoint, predict, probe_optimizer
+from offload_trainer.structure import Structure
+from offload_trainer.tasks import Task, build_task, shard
+
+OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that may begin."""
+
+    accelerator: Accelerator
+    task: Task
+    groups: Groups
+    structure: Structure
+    optimizer: OptimizerFactory
+    ledger: Ledger
+    checkpoint: Checkpoint | None
+    """To resume from."""
+
+
+def prepare(config: Config) -> Prepared:
+    """Raises `UserError` for whatever the user can mend; allocates nothing of the master's size but what verifying takes."""
+    accelerator = make_accelerator(config)
+    out = Path(config.out)
+    require_writable(out)
+    set_seed(config.seed)
+    task = build_task(config.task, config.seed)
+    shard(
+        task.train[0], accelerator.process_index, accelerator.num_processes
+    )  # raises if the batch does not divide
+    if config.structure.rules is not None:
+        groups = read_rules(config.structure.rules, task.model, task.widths)
+    else:
+        groups = find_groups(
+            task.model, task.example_inputs, widths=task.widths, pin_unknown=config.structure.pin_unknown
+        )
+    structure = make_structure(config, groups)
+    optimizer = optimizer_factory(config.optimizer)
+    layout = StateLayout({}, {}, None)
+    if config.optimizer.state == "carry":
+        layout = probe_optimizer(optimizer, next(task.model.parameters()).dtype, accelerator.device)
+    checkpoint = checkpoint_to_resume(config, out, task.model, layout)
+    if config.structure.verify and structure.names:
+        verify_groups(task.model, groups, task.example_inputs)
+    ledger = predict(
+        task.model,
+        Plan(groups, structure.top()),
+        layout,
+        task.loss_fn,
+        shard(task.train[0], accelerator.process_index, accelerator.num_processes),
+        reference=bool(structure.names),
+        staged=accelerator.device.type != "cpu",
+        autocast=config.memory.autocast == "bf16",
+    )
+    return Prepared(accelerator, task, groups, structure, optimizer, ledger, checkpoint)
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    asked, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if there and asked > there:
+        raise UserError(
+            f"{asked} processes were started on this machine, which has {there} GPUs; each needs its own"
+        )
+    precision = "bf16" if config.memory.autocast == "bf16" else "no"
+    try:
+        return Accelerator(
+            mixed_precision=precision,
+            log_with=config.track.trackers or None,
+            project_dir=config.out,
+            step_scheduler_with_optimizer=False,
+        )
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"accelerate cannot start: {str(error).splitlines()[0]}") from error
+
+
+def make_structure(config: Config, groups: Groups) -> Structure:
+    section = config.structure
+    return Structure(
+        groups,
+        section.keep,
+        per_group_keep=section.ratios,
+        estimator=section.estimator,
+        alpha=section.alpha,
+        sampler=section.sampler,
+        budget=section.budget,
+        min_units=section.min_units,
+        lr=section.lr,
+        paired_batches=section.paired_batches,
+        schedule=section.schedule,
+        start_keep=section.start_keep,
+        schedule_steps=section.schedule_steps,
+        seed=config.seed,
+    )
+
+
+def optimizer_factory(section: OptimizerConfig) -> OptimizerFactory:
+    """Norms and biases (one axis) are not decayed by AdamW; SGD decays all, as the paper's runs do."""
+
+    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        if section.kind == "sgd":
+            return torch.optim.SGD(
+                parameters, lr=section.lr, momentum=section.momentum, weight_decay=section.weight_decay
+            )
+        decayed = [p for p in parameters if p.ndim > 1]
+        others = [p for p in parameters if p.ndim <= 1]
+        groups = [
+            {"params": decayed, "weight_decay": section.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=section.lr, betas=section.betas)
+
+    return make
+
+
+def checkpoint_to_resume(
+    config: Config, out: Path, model: nn.Module, layout: StateLayout
+) -> Checkpoint | None:
+    if config.resume is None:
+        return None
+    if config.resume == "auto":
+        folder = out / "checkpoints"
+        if not folder.is_dir() or not any(folder.iterdir()):
+            return None  # a first start with the same command line
+        checkpoint = find_checkpoint(folder)
+    else:
+        checkpoint = find_checkpoint(Path(config.resume))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    snapshot.check(checkpoint, named_tensors(model), layout.moments, trained)
+    if checkpoint.meta["step"] > config.steps:
+        raise UserError(
+            f"steps ({config.steps}) must be at least {checkpoint.meta['step']}, where {checkpoint.path} stands"
+        )
+    if checkpoint.meta["sync_every"] != config.sync_every:
+        there = checkpoint.meta["sync_every"]
+        raise UserError(
+            f"sync_every ({config.sync_every}) must be {there}, as in the checkpoint {checkpoint.path}"
+        )
+    return checkpoint
+
+
+def require_writable(out: Path) -> None:
+    """Raise unless files can be made in `out` (made here if need be) or, while it does not exist, in its parent."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"out ({out}) must be a folder that can be written: {error.strerror or error}"
+        ) from error

@@ -1,0 +1,24 @@
+"""The command: `accelerate launch offload_trainer/run.py --config FILE [--dotted.key value …] [--dry-run]`."""
+
+import sys
+
+from offload_trainer.config import parse
+from offload_trainer.errors import UserError
+from offload_trainer.train import train
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0, or 2 after one line that says what to mend."""
+    try:
+        train(parse(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; --resume auto goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""What the trainer asks of a task: a model, batches that are a function of the step alone, a loss and a metric."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from offload_trainer.errors import UserError
+
+Batch = Tensor | Sequence[Any] | Mapping[str, Any]
+"""A tensor, or tuples, lists and dicts of tensors, whose axis 0 is the batch."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model to train, its data, and what is measured. Made by the `build` function of a module beside this one."""
+
+    model: nn.Module
+    """Real, or on the meta device when `materialise` is given."""
+    example_inputs: tuple[Any, ...] | dict[str, Any]
+    """Arguments of one small forward, on the host: a tuple (positional) or a dict (keywords)."""
+    loss_fn: Callable[[nn.Module, Any], Tensor]
+    """(module, batch) → scalar: the mean training loss, label smoothing and the like included."""
+    metrics_fn: Callable[[nn.Module, Any], dict[str, Tensor]]
+    """(module, batch) → scalars, among them `loss`, each a mean over the batch, from one forward."""
+    train: Dataset[Any]
+    """`train[step]` is the global batch of that optimizer step, for any step ≥ 0: endless, and equal whenever asked."""
+    val: Sequence[Any]
+    """Validation batches; the last may be smaller, so means over it are weighted by `count`."""
+    unit: str
+    """What is counted per second, plural: `tokens`, `images`, `samples`."""
+    count: Callable[[Any], int]
+    """Units in a batch."""
+    widths: dict[Any, Any] = field(default_factory=dict)
+    """Rules for width-carrying attributes that `find_groups` does not know."""
+    materialise: Callable[[nn.Module], None] | None = None
+    """Initialises in place a model that was built on meta and now has real memory; random from torch's seed."""
+    save_export: Callable[[nn.Module, Path], None] | None = None
+    """Writes what belongs beside `model.safetensors` (tokenizer, generation settings) into a folder."""
+
+
+def random_stream(seed: int, *key: int) -> np.random.Generator:
+    """An independent random stream for each (seed, key): no state to save, so any step can be drawn again at any time."""
+    return np.random.default_rng((seed, *key))
+
+
+class Shuffle:
+    """An endless order over `size` items in batches: position p of the run is item perm_e[p mod size], e = p div size.
+
+    Every epoch visits every item once, in an order of its own; a batch may span the border between two epochs.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int):
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self._drawn: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.long))
+
+    def indices(self, step: int) -> Tensor:  # (batch_size,) int64
+        """The items of one optimizer step."""
+        position, pieces, wanted = step * self.batch_size, [], self.batch_size
+        while wanted:
+            epoch, offset = divmod(position, self.size)
+            piece = self._permutation(epoch)[offset : offset + wanted]
+            pieces.append(piece)
+            position, wanted = position + len(piece), wanted - len(piece)
+        return torch.cat(pieces)
+
+    def _permutation(self, epoch: int) -> Tensor:  # (size,) int64
+        drawn_epoch, permutation = self._drawn
+        if drawn_epoch != epoch:
+            permutation = torch.from_numpy(random_stream(self.seed, 0, epoch).permutation(self.size))
+            self._drawn = (epoch, permutation)  # one assignment: a thread that loads ahead sees the old or the new pair
+        return permutation
+
+
+def shard(batch: Any, rank: int, world: int) -> Any:
+    """The rows of a global batch that belong to one of `world` processes: equal, contiguous parts in rank order.
+
+    Tuples, lists and mappings are walked (a mapping comes back as a dict); None stays None.
+    Raises UserError if the batch does not divide, or holds something that has no batch axis.
+    """
+    if batch is None:
+        return None
+    if isinstance(batch, Mapping):
+        return {key: shard(value, rank, world) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(shard(value, rank, world) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(shard(value, rank, world) for value in batch)
+    if not isinstance(batch, Tensor) or batch.ndim == 0:
+        what = "a scalar tensor" if isinstance(batch, Tensor) else type(batch).__name__
+        raise UserError(f"a batch holds {what}: it must be made of tensors whose axis 0 is the batch")
+    if len(batch) % world:
+        raise UserError(
+            f"task.batch_size ({len(batch)}) must be divisible by the number of processes ({world})"
+        )
+    rows = len(batch) // world
+    return batch[rank * rows : (rank + 1) * rows]
+
+
+def batch_rows(batch: Any) -> int:
+    """Length of the batch axis: axis 0 of the first tensor found. Raises UserError if there is none."""
+    pending = [batch]
+    while pending:
+        item = pending.pop(0)
+        if isinstance(item, Tensor) and item.ndim:
+            return len(item)
+        if isinstance(item, Mapping):
+            pending = [*item.values(), *pending]
+        elif isinstance(item, (tuple, list)):
+            pending = [*item, *pending]
+    raise UserError(f"a batch ({type(batch).__name__}) holds no tensor with a batch axis")

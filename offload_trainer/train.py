@@ -1,0 +1,176 @@
+"""A run, top to bottom."""
+
+import math
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader
+
+from offload_trainer import snapshot
+from offload_trainer.config import Config
+from offload_trainer.device import memory
+from offload_trainer.evaluation import evaluate, evaluate_full
+from offload_trainer.master import CheckpointStore
+from offload_trainer.monitor import Monitor
+from offload_trainer.offloader import Offloader
+from offload_trainer.prepare import Prepared, prepare
+from offload_trainer.result import best_of, recalibrate, save_export
+from offload_trainer.rounds import Meter
+from offload_trainer.tasks import shard
+
+
+def train(config: Config) -> None:
+    """Prepare, train round by round, and leave the result in `config.out`. Raises `UserError` for what a user can mend."""
+    run = prepare(config)
+    accelerator, task = run.accelerator, run.task
+    if config.dry_run:
+        if accelerator.is_main_process:
+            print(f"{run.groups}\n\n{run.ledger}")
+        return
+
+    store = CheckpointStore(Path(config.out) / "checkpoints", config.checkpoint.keep_last)
+    torch.manual_seed(config.seed)  # the initial weights depend on nothing that came before
+    meter = Meter(task.unit, memory.host_bytes())
+    with (
+        Offloader(
+            task.model,
+            run.groups,
+            task.loss_fn,
+            optimizer=run.optimizer,
+            structure=run.structure,
+            sync_every=config.sync_every,
+            accelerator=accelerator,
+            state=config.optimizer.state,
+            clip_norm=config.optimizer.clip_norm,
+            compile=config.memory.compile,
+            materialise=task.materialise,
+        ) as offloader,
+        Monitor(
+            Path(config.out),
+            config.steps,
+            task.unit,
+            accelerator,
+            config.track.display,
+            first_step=run.checkpoint.meta["step"] if run.checkpoint else 0,
+        ) as monitor,
+    ):
+        if run.checkpoint is not None:
+            snapshot.restore(offloader, run.checkpoint)
+            monitor.message(f"resumed from {run.checkpoint.path}")
+        if config.track.trackers:
+            accelerator.init_trackers("offload-trainer")
+        settle_from = math.ceil(config.steps * (1 - config.structure.settle))
+
+        for batch in batches(run, offloader.steps, config.steps):
+            if offloader.steps >= settle_from:
+                offloader.settle()
+            set_learning_rate(offloader.optimizer, config, offloader.steps)
+            loss = offloader.loss(batch)
+            accelerator.backward(loss)
+            offloader.step()
+            meter.add(task.count(batch) * accelerator.num_processes, loss)
+
+            step = offloader.steps
+            validation: dict[str, float] = {}
+            if due(step, config.track.eval_every, config):
+                with meter.paused("evaluation"):
+                    subnet = offloader.export().to(accelerator.device)
+                    validation = evaluate(subnet, task.val, task.metrics_fn, task.count, accelerator)
+            if step % config.track.log_every == 0 or validation or step == config.steps:
+                monitor.show(offloader.probabilities())
+                monitor.log(
+                    {"step": step, "round": offloader.report.round, **meter.read(accelerator)}
+                    | {f"val_{name}": value for name, value in validation.items()}
+                    | offloader.measured()
+                )
+            if due(step, config.checkpoint.every, config):
+                with meter.paused("checkpoint"):
+                    save_checkpoint(offloader, store, config)
+
+        offloader.finish_round()
+        meter.stop()
+        save_checkpoint(offloader, store, config)
+        monitor.summary(conclude(config, run, offloader, meter))
+    accelerator.end_training()
+
+
+def conclude(config: Config, run: Prepared, offloader: Offloader, meter: Meter) -> dict[str, Any]:
+    """Choose the result, evaluate it and the full master, export it; returns the content of summary.json."""
+    accelerator, task, out = run.accelerator, run.task, Path(config.out)
+    calibration = [local(run, config.steps + i) for i in range(config.structure.result_batches)]
+    plan = offloader.top_plan()
+    if config.structure.result == "best_of" and run.structure.names:
+        plan = best_of(offloader, config.structure.samples, calibration)
+    small = offloader.export(plan).to(accelerator.device)
+    recalibrate(small, calibration, task.loss_fn, accelerator)
+    with meter.paused("evaluation"):
+        exported = evaluate(small, task.val, task.metrics_fn, task.count, accelerator)
+        full = evaluate_full(offloader.model, task.val, task.metrics_fn, task.count, accelerator)
+    if accelerator.is_main_process:
+        save_export(small, plan, out / "export")
+        if task.save_export is not None:
+            task.save_export(small, out / "export")
+    accelerator.wait_for_everyone()
+    return {
+        "steps": offloader.steps,
+        "rounds": offloader.rounds,
+        "exported": {**exported, "parameters": sum(p.numel() for p in small.parameters())},
+        "full_master": {**full, "parameters": sum(p.numel() for p in offloader.model.parameters())},
+        **meter.summary(offloader.spent),
+        "ledger": {
+            "predicted": run.ledger.as_dict(),
+            "measured": {
+                "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "host_before_master_bytes": meter.base_bytes,
+                "device_peak_bytes": memory.device_peak(accelerator.device) or offloader.device_bytes,
+            },
+        },
+    }
+
+
+def batches(run: Prepared, first: int, steps: int) -> Iterator[Any]:
+    """This rank's share of the batch of every step from `first` on, on the device."""
+    loader = DataLoader(run.task.train, batch_size=None, sampler=range(first, steps))  # type: ignore[arg-type]
+    for batch in loader:
+        share = shard(batch, run.accelerator.process_index, run.accelerator.num_processes)
+        yield send_to_device(share, run.accelerator.device, non_blocking=True)
+
+
+def local(run: Prepared, step: int) -> Any:
+    """This rank's share of one step's batch, on the host."""
+    return shard(run.task.train[step], run.accelerator.process_index, run.accelerator.num_processes)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:
+    rate = config.optimizer.lr * learning_rate_factor(config, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def learning_rate_factor(config: Config, step: int) -> float:
+    """Share of the peak rate at a step: a linear warm-up, then constant, cosine or linear down to `min_lr_ratio`."""
+    section = config.optimizer
+    if step < section.warmup_steps:
+        return (step + 1) / section.warmup_steps
+    progress = (step - section.warmup_steps) / max(1, config.steps - section.warmup_steps)
+    left = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[
+        section.schedule
+    ]
+    return section.min_lr_ratio + (1 - section.min_lr_ratio) * left
+
+
+def due(step: int, every: int, config: Config) -> bool:
+    """Whether something done every so many steps (0: never) falls on this one: at the end of a round, before the last."""
+    if not every or step % config.sync_every or step >= config.steps:
+        return False
+    return step // every > (step - config.sync_every) // every
+
+
+def save_checkpoint(offloader: Offloader, store: CheckpointStore, config: Config) -> None:
+    if offloader.accelerator.is_main_process:
+        snapshot.save(offloader, store, {"sync_every": config.sync_every, "seed": config.seed})
+    offloader.accelerator.wait_for_everyone()
