@@ -193,8 +193,7 @@ class Offloader:
         with self.spent.on("gather"):
             start = time.perf_counter()
             self._take(plan)
-            if reference is not None:
-                self._take_reference(reference)
+            self._take_reference(reference)
             self.report = RoundReport(self.rounds, gather_ms=1e3 * (time.perf_counter() - start))
         self.report.bytes_moved = self._transfer.bytes_moved - moved
         self._round_steps, self._differences, self._losses = 0, [], []
@@ -224,8 +223,10 @@ class Offloader:
         )
         self._forward: Any = torch.compile(self._subnet.module) if self._compile else self._subnet.module
 
-    def _take_reference(self, plan: Plan) -> None:
-        if self._reference is not None and self._reference.fits(plan):
+    def _take_reference(self, plan: Plan | None) -> None:
+        if plan is None:
+            self._reference = None
+        elif self._reference is not None and self._reference.fits(plan):
             self._reference.load(plan)
         else:
             self._reference = None

@@ -1,0 +1,279 @@
+"""The rounds: DESIGN §10, 1 and 2, and what a round must not do."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from offload_trainer import Offloader, Structure, UserError, find_groups
+
+Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+SGD: Factory = lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4)  # noqa: E731
+ADAMW: Factory = lambda params: torch.optim.AdamW(params, lr=3e-3, betas=(0.9, 0.99))  # noqa: E731
+
+
+def network(seed: int = 1) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 20, 3, stride=2),
+        nn.BatchNorm2d(20),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(80, 16),
+        nn.Dropout(0.1),
+        nn.Linear(16, 5),
+    )
+
+
+def data(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(6, 3, 8, 8, generator=generator), torch.randint(5, (6,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def loss_fn(module: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return nn.functional.cross_entropy(module(batch[0]), batch[1])
+
+
+def offloader(model: nn.Module, factory: Factory = ADAMW, sync_every: int = 7, **structure) -> Offloader:
+    extra = {key: structure.pop(key) for key in ("state", "clip_norm") if key in structure}
+    groups = find_groups(model, (torch.zeros(3, 3, 8, 8),))
+    keep = structure.pop("keep", 0.5)
+    made = Structure(groups, keep, **structure)
+    return Offloader(model, groups, loss_fn, optimizer=factory, structure=made, sync_every=sync_every, **extra)
+
+
+def run(trainer: Offloader, batches) -> list[float]:
+    losses = []
+    for batch in batches:
+        loss = trainer.loss(batch)
+        trainer.accelerator.backward(loss)
+        trainer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("factory", [SGD, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("sync_every", [1, 7, 100])
+def test_keep_1_is_plain_training_bit_for_bit(factory: Factory, sync_every: int) -> None:
+    plain = network()
+    optimizer = factory(list(plain.parameters()))
+    torch.manual_seed(5)  # dropout
+    expected = []
+    for batch in data(24):
+        loss = loss_fn(plain, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    model = network()
+    torch.manual_seed(5)
+    with offloader(model, factory, sync_every, keep=1.0) as trainer:
+        assert run(trainer, data(24)) == expected
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, trainer.master[name]), name
+
+
+def test_keep_1_with_clipping_is_plain_training() -> None:
+    plain = network()
+    optimizer = SGD(list(plain.parameters()))
+    torch.manual_seed(5)
+    for batch in data(9):
+        loss_fn(plain, batch).backward()
+        nn.utils.clip_grad_norm_(list(plain.parameters()), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    model = network()
+    torch.manual_seed(5)
+    with offloader(model, SGD, 4, keep=1.0, clip_norm=0.1) as trainer:
+        run(trainer, data(9))
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, trainer.master[name]), name
+
+
+@pytest.mark.parametrize("sampler", ["fixed", "bernoulli"])
+@pytest.mark.parametrize("factory", [SGD, ADAMW], ids=["sgd", "adamw"])
+def test_a_round_changes_what_the_plan_keeps_and_nothing_else(factory: Factory, sampler: str) -> None:
+    with offloader(network(), factory, sampler=sampler) as trainer:
+        for batches in (data(28)[i : i + 7] for i in range(0, 28, 7)):
+            trainer.begin_round()
+            plan, subnet = trainer.plan, trainer.subnet
+            stores = {"weights": trainer.master, **trainer.moments}
+            before = {kind: {n: t.clone() for n, t in store.items()} for kind, store in stores.items()}
+            run(trainer, batches)  # the last step ends the round
+            trained = dict(subnet.named_parameters()) | dict(subnet.named_buffers())
+            for kind, store in stores.items():
+                for name, tensor in store.items():
+                    inside = torch.zeros(tensor.shape, dtype=torch.bool)
+                    rows = [torch.arange(n) if i is None else i for i, n in zip(plan.indices(name), tensor.shape)]
+                    inside[torch.meshgrid(*rows, indexing="ij") if rows else ()] = True
+                    assert torch.equal(tensor[~inside], before[kind][name][~inside]), (kind, name)
+                    if kind == "weights":
+                        assert torch.equal(tensor[inside], trained[name].detach().flatten()), name
+            assert any(not torch.equal(trainer.master[n], before["weights"][n]) for n in before["weights"])
+
+
+def test_gathered_values_are_the_masters() -> None:
+    with offloader(network()) as trainer:
+        trainer.begin_round()
+        for name, tensor in [*trainer.subnet.named_parameters(), *trainer.subnet.named_buffers()]:
+            full = trainer.master[name]
+            for axis, index in enumerate(trainer.plan.indices(name)):
+                full = full if index is None else full.index_select(axis, index)
+            assert torch.equal(tensor, full), name
+
+
+def test_fixed_plans_reuse_the_same_tensors_in_place() -> None:
+    with offloader(network()) as trainer:
+        addresses, optimizers = set(), set()
+        for _ in range(4):
+            run(trainer, data(7))
+            trainer.begin_round()
+            addresses.add(tuple(p.data_ptr() for p in trainer.subnet.parameters()))
+            optimizers.add(id(trainer.optimizer))
+        assert len(addresses) == len(optimizers) == 1
+
+
+def test_the_reference_leaves_no_trace() -> None:
+    """Without learning s, runs with and without pairs are the same: no statistics, no random state, no gradients."""
+    results = []
+    for pairs in (1, 7):
+        model = network()
+        torch.manual_seed(5)
+        with offloader(model, lr=1e-30, paired_batches=pairs) as trainer:
+            run(trainer, data(21))
+        results.append({name: tensor.clone() for name, tensor in trainer.master.items()})
+    for name, tensor in results[0].items():
+        assert torch.equal(tensor, results[1][name]), name
+
+
+def test_the_difference_is_the_mean_over_the_paired_batches() -> None:
+    with offloader(network(), SGD, paired_batches=2) as trainer:
+        trainer.begin_round()
+        reference = trainer._reference
+        assert reference is not None
+        torch.manual_seed(5)
+        expected = []
+        for batch in data(2):
+            state = torch.get_rng_state()
+            with torch.no_grad():
+                against = loss_fn(reference.module, batch)  # its own statistics do not matter in training mode
+            torch.set_rng_state(state)
+            loss = trainer.loss(batch)
+            trainer.accelerator.backward(loss)
+            trainer.step()
+            expected.append(loss.item() - against.item())
+        run(trainer, data(7)[2:])
+        assert trainer.report.difference == pytest.approx(sum(expected) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("late", [150, 1000])
+def test_a_unit_that_comes_in_late_takes_no_oversized_step(late: int) -> None:
+    """Raw moments under a common step count would make it about (1−β₁)/√(1−β₂) learning rates: here 3.2."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 40, bias=False), nn.Tanh(), nn.Linear(40, 3))
+    lr = 1e-3
+    groups = find_groups(model, (torch.zeros(3, 8),))
+    structure = Structure(groups, keep=0.5, lr=1e-30)
+    name = structure.names[0]
+    structure.s[name].fill_(1.0)[30:] = 0.0  # units 30… are never drawn
+    batch = (torch.randn(16, 8), torch.randint(3, (16,)))
+    with Offloader(
+        model,
+        groups,
+        loss_fn,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.999), weight_decay=0.0),
+        structure=structure,
+        sync_every=50,
+    ) as trainer:
+        run(trainer, [batch] * late)
+        structure.s[name].fill_(1.0)[:20] = 0.0
+        trainer.begin_round()
+        new = trainer.plan[name] >= 30
+        assert new.any()
+        assert float(trainer.moments["exp_avg_sq"]["0.weight"][30:].max()) == 0.0  # never trained
+        before = trainer.subnet.get_parameter("0.weight").detach().clone()
+        run(trainer, [batch])
+        step = (trainer.subnet.get_parameter("0.weight").detach() - before).abs()[new]
+        assert float(step.max()) <= 1.05 * lr
+        assert float(step.median()) >= 0.5 * lr  # nor is it held back
+
+
+def test_moments_of_an_unchanged_plan_go_on_as_in_plain_training() -> None:
+    """When the same units are trained again and again, rounds must not show: compare with the subnet trained alone."""
+    model = network()
+    with offloader(model, ADAMW, keep=0.5, sync_every=5) as trainer:
+        trainer.settle()
+        trainer.begin_round()
+        alone = trainer.export()
+    alone.train()
+    with offloader(network(), ADAMW, keep=0.5, sync_every=5) as trainer:
+        trainer.settle()
+        optimizer = ADAMW(list(alone.parameters()))
+        torch.manual_seed(5)
+        expected = []
+        for batch in data(30):
+            loss = loss_fn(alone, batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            expected.append(loss.item())
+        torch.manual_seed(5)
+        # Dividing by 1 − βᵗ and multiplying again rounds, so the two agree to rounding, not bit for bit.
+        assert run(trainer, data(30)) == pytest.approx(expected, rel=2e-4)
+
+
+def test_reset_forgets_the_moments_of_another_plan() -> None:
+    with offloader(network(), ADAMW, state="reset", sync_every=5) as trainer:
+        assert trainer.moments == {}
+        run(trainer, data(5))
+        trainer.begin_round()
+        assert all(not trainer.optimizer.state[p] for p in trainer.subnet.parameters())
+
+
+def test_a_loss_that_is_not_finite_names_step_and_round_and_spares_the_master() -> None:
+    with offloader(network(), sync_every=5) as trainer:
+        run(trainer, data(5))
+        before = {name: tensor.clone() for name, tensor in trainer.master.items()}
+        bad = data(1)[0][0] * float("nan"), data(1)[0][1]
+        with pytest.raises(UserError, match=r"the loss is nan at step 8, round 1"):
+            run(trainer, [*data(2), bad, *data(2)])
+        for name, tensor in before.items():
+            assert torch.equal(tensor, trainer.master[name]), name
+        trainer._round_steps = None
+
+
+def test_export_computes_what_the_final_subnet_computes() -> None:
+    with offloader(network(), sync_every=5) as trainer:
+        run(trainer, data(10))
+        trainer.settle()
+        run(trainer, data(5)[:4])
+        subnet, plan = trainer.subnet, trainer.plan
+        assert plan == trainer.top_plan()
+        trainer.step()  # the fifth: ends the round
+    small = trainer.export()
+    x = data(1)[0][0]
+    with torch.no_grad():
+        assert torch.equal(small.eval()(x), subnet.eval()(x))
+
+
+def test_optimizer_state_of_another_shape_is_an_error() -> None:
+    class Odd(torch.optim.SGD):
+        def step(self, closure=None):  # type: ignore[override]
+            for p in self.param_groups[0]["params"]:
+                self.state[p]["factors"] = torch.zeros(p.shape[0])
+
+    with pytest.raises(UserError, match=r"Odd keeps 'factors' as a tensor of shape \(6,\).*optimizer.state: reset"):
+        offloader(network(), lambda params: Odd(params, lr=0.1))
+
+
+def test_optimizer_must_be_one() -> None:
+    with pytest.raises(UserError, match="must return a torch optimizer, it returned list"):
+        offloader(network(), lambda params: params)  # type: ignore[arg-type, return-value]

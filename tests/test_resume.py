@@ -1,0 +1,79 @@
+"""DESIGN §10, 7: a resumed run equals an uninterrupted one, bit for bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from offload_trainer import UserError, snapshot
+from offload_trainer.master import CheckpointStore, find_checkpoint
+from tests.test_offloader import ADAMW, SGD, data, network, offloader, run
+
+CASES = {
+    "adamw carry": {"factory": ADAMW},
+    "sgd carry": {"factory": SGD},
+    "adamw reset": {"factory": ADAMW, "state": "reset"},
+    "bernoulli global": {"factory": ADAMW, "sampler": "bernoulli", "budget": "global"},
+    "keep 1": {"factory": ADAMW, "keep": 1.0},
+    "cubic": {"factory": SGD, "schedule": "cubic", "start_keep": 1.0, "schedule_steps": 20},
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=list(CASES))
+@pytest.mark.parametrize("settled", [False, True], ids=["exploring", "settled"])
+def test_resume_equals_uninterrupted(tmp_path: Path, case: str, settled: bool) -> None:
+    batches = data(25)
+    store = CheckpointStore(tmp_path)
+    model = network()
+    torch.manual_seed(5)
+    with offloader(model, sync_every=5, **CASES[case]) as whole:
+        run(whole, batches[:5])
+        if settled:
+            whole.settle()
+        run(whole, batches[5:15])
+        snapshot.save(whole, store)
+        expected = run(whole, batches[15:])
+
+    torch.manual_seed(99)  # nothing of the new process may matter
+    with offloader(network(seed=7), sync_every=5, **CASES[case]) as resumed:
+        snapshot.restore(resumed, find_checkpoint(tmp_path))
+        assert (resumed.steps, resumed.rounds, resumed.settled) == (15, 3, settled)
+        assert run(resumed, batches[15:]) == expected
+    for name, tensor in whole.master.items():
+        assert torch.equal(tensor, resumed.master[name]), name
+    for name, tensor in whole.structure.state_dict().items():
+        assert torch.equal(tensor, resumed.structure.state_dict()[name]), name
+
+
+def test_a_checkpoint_holds_no_pickle_and_only_known_files(tmp_path: Path) -> None:
+    with offloader(network(), sync_every=5) as trainer:
+        run(trainer, data(5))
+        path = snapshot.save(trainer, CheckpointStore(tmp_path))
+    names = sorted(file.name for file in path.iterdir())
+    assert names == [
+        "checkpoint.json",
+        "moments.exp_avg.safetensors",
+        "moments.exp_avg_sq.safetensors",
+        "random.safetensors",
+        "structure.safetensors",
+        "weights.safetensors",
+    ]
+    json.loads((path / "checkpoint.json").read_text())
+
+
+def test_a_checkpoint_within_a_round_is_refused(tmp_path: Path) -> None:
+    with offloader(network(), sync_every=5) as trainer:
+        run(trainer, data(3))
+        with pytest.raises(RuntimeError, match="between two rounds"):
+            snapshot.save(trainer, CheckpointStore(tmp_path))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    with offloader(network(), sync_every=5) as trainer:
+        run(trainer, data(5))
+        snapshot.save(trainer, CheckpointStore(tmp_path))
+        shapes = {name: tensor.shape for name, tensor in trainer.master.items()}
+        wider = dict.fromkeys(shapes, torch.Size([3])) | {"0.weight": torch.zeros(13, 3, 3, 3)}
+        with pytest.raises(UserError, match=r"is of another model: 0.weight is \(12, 3, 3, 3\) there, \(13, 3, 3, 3\) here"):
+            snapshot.check(find_checkpoint(tmp_path), {"0.weight": wider["0.weight"]}, {}, set())
