@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -194,7 +195,7 @@ class Offloader:
             start = time.perf_counter()
             self._take(plan)
             self._take_reference(reference)
-            self.report = RoundReport(self.rounds, gather_ms=1e3 * (time.perf_counter() - start))
+            self.report = replace(self.report, round=self.rounds, gather_ms=1e3 * (time.perf_counter() - start))
         self.report.bytes_moved = self._transfer.bytes_moved - moved
         self._round_steps, self._differences, self._losses = 0, [], []
 

@@ -10,14 +10,13 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from offload_trainer import snapshot
 from offload_trainer.config import Config, OptimizerConfig
 from offload_trainer.errors import UserError
 from offload_trainer.groups import Groups, Plan, find_groups, read_rules, verify_groups
 from offload_trainer.groups.slicing import named_tensors
 from offload_trainer.master import Checkpoint, Ledger, StateLayout, find_checkpoint, predict, probe_optimizer
 from offload_trainer.structure import Structure
-from offload_trainer.tasks import Task, build_task, shard
+from offload_trainer import snapshot, tasks
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -27,7 +26,7 @@ class Prepared:
     """A run that may begin."""
 
     accelerator: Accelerator
-    task: Task
+    task: tasks.Task
     groups: Groups
     structure: Structure
     optimizer: OptimizerFactory
@@ -42,10 +41,9 @@ def prepare(config: Config) -> Prepared:
     out = Path(config.out)
     require_writable(out)
     set_seed(config.seed)
-    task = build_task(config.task, config.seed)
-    shard(
-        task.train[0], accelerator.process_index, accelerator.num_processes
-    )  # raises if the batch does not divide
+    task = tasks.build_task(config.task, config.seed)
+    # Raises if the batch does not divide by the number of processes.
+    batch = tasks.shard(task.train[0], accelerator.process_index, accelerator.num_processes)
     if config.structure.rules is not None:
         groups = read_rules(config.structure.rules, task.model, task.widths)
     else:
@@ -65,7 +63,7 @@ def prepare(config: Config) -> Prepared:
         Plan(groups, structure.top()),
         layout,
         task.loss_fn,
-        shard(task.train[0], accelerator.process_index, accelerator.num_processes),
+        batch,
         reference=bool(structure.names),
         staged=accelerator.device.type != "cpu",
         autocast=config.memory.autocast == "bf16",
@@ -83,9 +81,9 @@ def make_accelerator(config: Config) -> Accelerator:
     try:
         return Accelerator(
             mixed_precision=precision,
-            log_with=config.track.trackers or None,
+            log_with=config.track.trackers or None,  # type: ignore[arg-type]
             project_dir=config.out,
-            step_scheduler_with_optimizer=False,
+            cpu=not torch.accelerator.is_available(),  # asked for, so that several processes find each other on gloo
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"accelerate cannot start: {str(error).splitlines()[0]}") from error

@@ -14,15 +14,15 @@ from offload_trainer.device import ranks
 
 @dataclass
 class RoundReport:
-    """The round now running, or the last one if none is."""
+    """How the running round (or the last, if none is) began, and how the last finished one ended."""
 
     round: int = 0
-    difference: float | None = None
-    """d: mean over the paired batches of L(m) − L(m′); None when the round had no pairs."""
     gather_ms: float = 0.0
     writeback_ms: float = 0.0
     delta_norm: float = 0.0
-    """Euclidean norm of what the round changed in the master."""
+    """Euclidean norm of what the finished round changed in the master."""
+    difference: float | None = None
+    """d of the finished round: mean over its paired batches of L(m) − L(m′); None when it had no pairs."""
     bytes_moved: int = 0
     """Gathered and written back."""
 

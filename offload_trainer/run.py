@@ -1,5 +1,6 @@
 """The command: `accelerate launch offload_trainer/run.py --config FILE [--dotted.key value …] [--dry-run]`."""
 
+import os
 import sys
 
 from offload_trainer.config import parse
@@ -12,7 +13,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         train(parse(argv))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; --resume auto goes on from the last checkpoint", file=sys.stderr)

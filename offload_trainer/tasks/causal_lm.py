@@ -24,9 +24,13 @@ def build(config: "CausalLM", seed: int) -> Task:
 
     Raises UserError for a model, text or tokenizer that is missing or does not fit the rest, cheapest checks first.
     """
-    folder = Path(config.model).expanduser() if isinstance(config.model, str) else None
-    files = _check_folder(folder) if folder else []
-    model_config = _folder_config(folder) if folder else _dict_config(config.model)
+    folder, files = None, []
+    if isinstance(config.model, str):
+        folder = Path(config.model).expanduser()
+        files = _check_folder(folder)
+        model_config = _folder_config(folder)
+    else:
+        model_config = _dict_config(config.model)
     documents = find_documents(config.data)
     tokenizer = _load_tokenizer(config.tokenizer)
     _check_sizes(config, model_config, BYTES if tokenizer is None else len(tokenizer))
@@ -43,7 +47,10 @@ def build(config: "CausalLM", seed: int) -> Task:
     length = min(11, getattr(text_config, "max_position_embeddings", None) or 11)
     return Task(
         model=model,
-        example_inputs={"input_ids": torch.arange(3 * length).view(3, length) % text_config.vocab_size, "use_cache": False},
+        example_inputs={
+            "input_ids": torch.arange(3 * length).view(3, length) % text_config.vocab_size,
+            "use_cache": False,
+        },
         loss_fn=loss,
         metrics_fn=metrics,
         train=TrainBlocks(train_blocks, config.batch_size, seed),
@@ -133,7 +140,9 @@ def _dict_config(values: dict[str, Any]) -> Any:
 def _check_folder(folder: Path) -> list[Path]:
     """The weight files of a folder that has what a pretrained model needs."""
     if not folder.is_dir():
-        raise UserError(f"task.model ({folder}) is not a folder: give a local model folder, or a config with model_type")
+        raise UserError(
+            f"task.model ({folder}) is not a folder: give a local model folder, or a config with model_type"
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"task.model ({folder}) has no config.json")
     return weight_files(folder)

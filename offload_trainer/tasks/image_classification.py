@@ -80,9 +80,7 @@ def normalised(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 class TrainBatches(Dataset[ImageBatch]):
     """`train[step]`, every image once an epoch in a new order, augmented from a random stream of that step alone."""
 
-    def __init__(
-        self, source: InMemory | OnDisk, mean: Tensor, std: Tensor, batch_size: int, augment: bool, seed: int
-    ):
+    def __init__(self, source: InMemory | OnDisk, mean: Tensor, std: Tensor, batch_size: int, augment: bool, seed: int):
         self.source, self.mean, self.std = source, mean, std
         self.order = Shuffle(len(source.labels), batch_size, seed)
         self.augment, self.seed = augment, seed

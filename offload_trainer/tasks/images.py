@@ -1,4 +1,4 @@
-"""From encoded images to batches of pixels: decoding, cropping, flipping; small images in memory, large ones as needed."""
+"""From encoded images to batches of pixels: small images decoded once, large ones each time; crops and flips."""
 
 import io
 from collections.abc import Callable, Iterable, Iterator
@@ -149,7 +149,7 @@ class OnDisk:
             # Drawn for the whole batch before any thread starts, so that their order cannot matter.
             draws = random.random((len(indices), _CROP_ATTEMPTS, 4))
             flips = (random.random(len(indices)) < 0.5).tolist()
-            arrays = self._decoder.map(self._cropped, zip(indices.tolist(), draws, flips))
+            arrays = self._decoder.map(self._cropped, zip(indices.tolist(), draws, flips, strict=True))
         return torch.from_numpy(np.stack(list(arrays)))
 
     def _centre(self, index: int) -> np.ndarray:

@@ -65,7 +65,9 @@ def _from_classes(data: str, parts: Parts) -> tuple[LabelledImages, LabelledImag
     val_name = next((name for name in _VAL_NAMES if name in parts), None)
     if "train" not in parts or val_name is None:
         found = ", ".join(sorted(parts)) or "nothing of the kind"
-        raise UserError(f"task.data ({data}) must hold train/CLASS/ and test/CLASS/ or val/CLASS/ with images; it holds {found}")
+        raise UserError(
+            f"task.data ({data}) must hold train/CLASS/ and test/CLASS/ or val/CLASS/ with images; it holds {found}"
+        )
     classes = sorted({name for name, _ in parts["train"]})
     index = {name: number for number, name in enumerate(classes)}
     if unknown := sorted({name for name, _ in parts[val_name]} - set(classes)):
@@ -156,7 +158,7 @@ def _read_hub(name: str) -> tuple[LabelledImages, LabelledImages, list[str]]:
     problem = f"task.data ({name}) does not exist"
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or ".tar" in name:
         raise UserError(f"{problem}: give a folder of images, a tar file of one, a folder of idx files, or a hub name")
-    import datasets  # takes a second to import, which only hub data needs
+    import datasets.config  # takes a second to import, which only hub data needs
     import huggingface_hub
 
     # One question, since `datasets` repeats its own for half a minute before it says that the hub is out of reach.
@@ -182,7 +184,9 @@ def from_datasets(name: str, found: Any) -> tuple[LabelledImages, LabelledImages
 
     val_name = next((part for part in _VAL_NAMES if part in found), None)
     if "train" not in found or val_name is None:
-        raise UserError(f"task.data ({name}) must have the splits train and test or validation; it has {', '.join(found)}")
+        raise UserError(
+            f"task.data ({name}) must have the splits train and test or validation; it has {', '.join(found)}"
+        )
     features = found["train"].features
     images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
     labels = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]

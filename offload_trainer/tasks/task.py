@@ -45,7 +45,7 @@ class Task:
 
 
 def random_stream(seed: int, *key: int) -> np.random.Generator:
-    """An independent random stream for each (seed, key): no state to save, so any step can be drawn again at any time."""
+    """An independent random stream for each (seed, key): without state to save, so any step can be drawn again."""
     return np.random.default_rng((seed, *key))
 
 
@@ -95,9 +95,7 @@ def shard(batch: Any, rank: int, world: int) -> Any:
         what = "a scalar tensor" if isinstance(batch, Tensor) else type(batch).__name__
         raise UserError(f"a batch holds {what}: it must be made of tensors whose axis 0 is the batch")
     if len(batch) % world:
-        raise UserError(
-            f"task.batch_size ({len(batch)}) must be divisible by the number of processes ({world})"
-        )
+        raise UserError(f"task.batch_size ({len(batch)}) must be divisible by the number of processes ({world})")
     rows = len(batch) // world
     return batch[rank * rows : (rank + 1) * rows]
 

@@ -54,7 +54,7 @@ def _conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Con
 
 
 def _projection(inputs: int, outputs: int, stride: int) -> nn.Module:
-    """The shortcut of a residual block: nothing, or a strided 1×1 convolution with BatchNorm where the shape changes."""
+    """The shortcut of a residual block: the input, or a 1×1 convolution with BatchNorm where the shape changes."""
     if stride == 1 and inputs == outputs:
         return nn.Identity()
     return nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))

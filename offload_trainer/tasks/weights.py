@@ -1,6 +1,6 @@
 """Weights of a Hugging Face model folder, streamed from safetensors into tensors that exist already.
 
-Everything is checked from the files' headers before anything is allocated (`Weights.match`); after that `load` holds one
+`Weights.match` checks everything from the files' headers before anything is allocated; after that `load` holds one
 tensor beyond the model at a time. Nothing here reads a pickle.
 """
 
@@ -86,8 +86,8 @@ class Weights:
         if missing or unexpected:
             found = "; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)
             raise UserError(
-                f"task.model: the weights do not fit the config's {type(model).__name__} ({found}); if the files are in "
-                "an older layout, resave them with transformers' save_pretrained(…, save_original_format=False)"
+                f"task.model: the weights do not fit the config's {type(model).__name__} ({found}); files in an older "
+                "layout can be resaved with transformers' save_pretrained(…, save_original_format=False)"
             )
         return cls(tuple(moves))
 
@@ -110,14 +110,14 @@ class Weights:
                             "set tie_word_embeddings to false in config.json"
                         )
                     tensor.copy_(value)
-                    tensor._is_hf_initialized = True
+                    vars(tensor)["_is_hf_initialized"] = True
 
 
 def _headers(file: Path) -> list[tuple[str, tuple[int, ...], str]]:
     """(name, shape, dtype) of every tensor in a file."""
     try:
         with safe_open(file, framework="pt") as handle:
-            slices = [(name, handle.get_slice(name)) for name in handle.keys()]
+            slices = [(name, handle.get_slice(name)) for name in handle.keys()]  # noqa: SIM118  # a handle is no dict
             return [(name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices]
     except (SafetensorError, OSError) as error:
         raise UserError(f"task.model: {file} is not a readable safetensors file ({error})") from error
