@@ -83,7 +83,7 @@ def test_summary_replaces_whole_or_not_at_all(tmp_path: Path):
     mine, _ = monitor(tmp_path)
     with mine:
         mine.summary({"loss": 1})
-        with pytest.raises(OSError):  # noqa: PT011
+        with pytest.raises(OSError):
             mine.out = tmp_path / "nowhere"
             mine.summary({"loss": 2})
     assert json.loads((tmp_path / "summary.json").read_text()) == {"loss": 1}

@@ -1,0 +1,139 @@
+"""Small runs for tests: a tiny byte-level Llama on a little text, and custom tasks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+
+
+def config(folder: Path, **changes: Any) -> Path:
+    """Write a config (and its text) into `folder`; dotted keys in `changes` override it."""
+    text = folder / "text"
+    text.mkdir(exist_ok=True)
+    for i in range(12):
+        words = " ".join(f"{i * j % 97:02d} some words of file {i}" for j in range(120))
+        (text / f"file{i}.txt").write_text(words)
+    tree: dict[str, Any] = {
+        "steps": 12,
+        "sync_every": 4,
+        "out": str(folder / "out"),
+        "task": {
+            "kind": "causal_lm",
+            "model": dict(LLAMA),
+            "data": str(text),
+            "sequence": 24,
+            "batch_size": 4,
+            "val_fraction": 0.2,
+            "val_batches": 2,
+        },
+        "structure": {"keep": 0.5},
+        "optimizer": {"kind": "adamw", "lr": 3e-3},
+        "track": {"log_every": 1, "display": "plain"},
+        "checkpoint": {"every": 4},
+    }
+    for dotted, value in changes.items():
+        *path, last = dotted.split(".")
+        section = tree
+        for key in path:
+            section = section.setdefault(key, {})
+        section[last] = value
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def launch(*command: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of this environment, one thread, no GPU, the test process's own folder on no path."""
+    program = str(Path(sys.executable).with_name(command[0]))
+    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", **env}
+    return subprocess.run(
+        [program, *command[1:]], cwd=cwd, capture_output=True, text=True, env=os.environ | settings, timeout=300
+    )
+
+
+# Custom tasks, as `tests.runs:function`
+
+
+def blobs(classes: int = 3, rows: int = 12, poison: int | None = None) -> dict[str, Any]:
+    """Points around `classes` centres; the batch of step `poison` is NaN."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(classes, 8, generator=generator)
+    batches = []
+    for i in range(20):
+        labels = torch.randint(classes, (rows,), generator=generator)
+        points = centres[labels] + 0.3 * torch.randn(rows, 8, generator=generator)
+        batches.append((points * float("nan") if i == poison else points, labels))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, classes))
+    return {"model": model, "train": batches, "val": batches[:3], "loss": cross_entropy, "metric": accuracy}
+
+
+def cross_entropy(module: nn.Module, batch: Any) -> torch.Tensor:
+    return nn.functional.cross_entropy(module(batch[0]), batch[1])
+
+
+def accuracy(module: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+    logits = module(batch[0])
+    hits = (logits.argmax(1) == batch[1]).float().mean()
+    return {"loss": nn.functional.cross_entropy(logits, batch[1]), "accuracy": hits}
+
+
+def a_list() -> list[int]:
+    return [1, 2, 3]
+
+
+def nothing_to_slice() -> dict[str, Any]:
+    return blobs() | {"model": nn.Linear(8, 3)}
+
+
+class Fourier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.fft.fft(self.first(x)).real)
+
+
+def an_op_without_a_rule() -> dict[str, Any]:
+    return blobs() | {"model": Fourier()}
+
+
+class Heads(nn.Module):
+    """Stores its number of heads where no rule looks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.first, self.last = 4, nn.Linear(8, 32), nn.Linear(32, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        split = self.first(x).view(len(x), self.heads, 8)
+        return self.last(split.softmax(-1).flatten(1))
+
+
+def a_module_without_a_rule() -> dict[str, Any]:
+    return blobs() | {"model": Heads()}

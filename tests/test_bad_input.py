@@ -1,0 +1,150 @@
+"""DESIGN §10, 10: bad input ends with one clear line and exit code 2, before anything is allocated or damaged."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from offload_trainer import offloader as offloader_module
+from offload_trainer.run import main
+from tests.runs import config, metrics
+
+
+def custom(function: str, **arguments: object) -> dict[str, object]:
+    return {"task": {"kind": "custom", "function": f"tests.runs:{function}", "arguments": arguments}}
+
+
+@pytest.fixture
+def never_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the master was allocated")
+
+    monkeypatch.setattr(offloader_module, "Master", refuse)
+
+
+def one_line(capsys: pytest.CaptureFixture[str], code: int) -> str:
+    captured = capsys.readouterr()
+    assert code == 2, captured
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+CASES: dict[str, tuple[dict[str, object], list[str], str]] = {
+    "typo": ({}, ["--structure.kep", "0.5"], "structure.kep"),
+    "keep 0": ({}, ["--structure.keep", "0"], "structure.keep (0) must be in (0, 1]"),
+    "keep 1.5": ({}, ["--structure.keep", "1.5"], "structure.keep (1.5) must be in (0, 1]"),
+    "K": ({}, ["--sync_every", "0"], "sync_every (0)"),
+    "a word for a number": ({}, ["--steps", "many"], "steps (many)"),
+    "data missing": ({}, ["--task.data", "/no/such/folder"], "/no/such/folder"),
+    "pattern": ({"structure.groups": {"*nothing*": 0.5}, "structure.keep": None}, [], "*nothing*"),
+    "model folder missing": ({"task.model": "/no/such/model"}, [], "/no/such/model"),
+    "not a task": (custom("a_list"), [], "it returned list"),
+    "no such function": (custom("no_such"), [], "no_such"),
+    "nothing to slice": (custom("nothing_to_slice"), [], "no group of units found in Linear"),
+    "op": (custom("an_op_without_a_rule"), [], "aten::_fft_r2c, an op without a rule"),
+    "module": (custom("a_module_without_a_rule"), [], "heads=4"),
+    "resume": ({}, ["--resume", "/no/such/checkpoint"], "/no/such/checkpoint holds no checkpoint"),
+    "rule": ({"structure.rules": {"mlp": ["no.such.weight:0"]}}, [], "no.such.weight"),
+    "tracker": ({"track.trackers": ["carrier pigeon"]}, [], "carrier pigeon"),
+}
+
+
+@pytest.mark.usefixtures("never_allocated")
+@pytest.mark.parametrize("case", CASES, ids=list(CASES))
+def test_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+    changes, arguments, expected = CASES[case]
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if "structure.groups" in changes:
+        changes["structure"] = {"groups": changes.pop("structure.groups")}
+    assert expected in one_line(capsys, main(["--config", str(config(tmp_path, **changes)), *arguments]))
+
+
+@pytest.mark.usefixtures("never_allocated")
+def test_an_empty_data_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    line = one_line(capsys, main(["--config", str(config(tmp_path)), "--task.data", str(tmp_path / "empty")]))
+    assert str(tmp_path / "empty") in line
+
+
+@pytest.mark.usefixtures("never_allocated")
+@pytest.mark.parametrize("there", ["nothing", "config alone", "a pickle"])
+def test_a_model_folder_without_config_or_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], there: str
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    if there != "nothing":
+        (model / "config.json").write_text('{"model_type": "llama"}')
+    if there == "a pickle":
+        (model / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    line = one_line(capsys, main(["--config", str(config(tmp_path, **{"task.model": str(model)}))]))
+    assert str(model) in line
+
+
+@pytest.mark.usefixtures("never_allocated")
+def test_an_out_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a_file").write_text("")
+    out = tmp_path / "a_file" / "out"
+    line = one_line(capsys, main(["--config", str(config(tmp_path)), "--out", str(out)]))
+    assert f"out ({out}) must be a folder that can be written" in line
+
+
+@pytest.mark.usefixtures("never_allocated")
+def test_more_processes_than_gpus(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    line = one_line(capsys, main(["--config", str(config(tmp_path))]))
+    assert "3 processes were started on this machine, which has 2 GPUs" in line
+
+
+def test_resuming_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(config(tmp_path))
+    assert main(["--config", file, "--steps", "4"]) == 0
+    capsys.readouterr()
+    model = "{model_type: llama, vocab_size: 256, hidden_size: 64, intermediate_size: 48, num_hidden_layers: 2, \
+num_attention_heads: 4, num_key_value_heads: 2, head_dim: 8, max_position_embeddings: 64, tie_word_embeddings: true}"
+    line = one_line(capsys, main(["--config", file, "--resume", "auto", "--task.model", model]))
+    assert "is of another model: model.embed_tokens.weight is (256, 32) there, (256, 64) here" in line
+    line = one_line(capsys, main(["--config", file, "--resume", "auto", "--sync_every", "6"]))
+    assert "sync_every (6) must be 4" in line
+
+
+def test_a_truncated_checkpoint_is_named_and_auto_falls_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(config(tmp_path))
+    assert main(["--config", file]) == 0
+    newest = sorted((tmp_path / "out" / "checkpoints").iterdir())[-1]
+    weights = newest / "weights.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    capsys.readouterr()
+    line = one_line(capsys, main(["--config", file, "--resume", str(newest)]))
+    assert f"{weights} is damaged" in line
+    assert main(["--config", file, "--resume", "auto"]) == 0
+    assert "resumed from" in capsys.readouterr().out
+    assert metrics(tmp_path / "out")[-1]["step"] == 12
+
+
+def test_a_loss_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(config(tmp_path, steps=16, **custom("blobs", poison=9)))
+    line = one_line(capsys, main(["--config", file]))
+    assert "the loss is nan at step 10, round 2" in line
+    kept = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000008"]
+
+
+def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    file = str(config(tmp_path))
+    assert main(["--config", file, "--steps", "4"]) == 0
+    capsys.readouterr()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    line = one_line(capsys, main(["--config", file, "--resume", "auto"]))
+    assert "no room for a checkpoint" in line
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000004"]
