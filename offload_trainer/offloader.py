@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
@@ -331,11 +331,13 @@ class Offloader:
             "clock": self._clock,
             "trained_plan": self._trained_plan,
             "scalars": self._master.scalars,
+            "report": asdict(self.report),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.steps, self.rounds, self.settled = state["steps"], state["rounds"], state["settled"]
         self._clock, self._trained_plan = state["clock"], state["trained_plan"]
+        self.report = RoundReport(**state["report"])
         self._master.scalars = {name: dict(scalars) for name, scalars in state["scalars"].items()}
         self._subnet = self._reference = None
 

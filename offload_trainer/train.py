@@ -134,7 +134,9 @@ def conclude(config: Config, run: Prepared, offloader: Offloader, meter: Meter) 
 
 def batches(run: Prepared, first: int, steps: int) -> Iterator[Any]:
     """This rank's share of the batch of every step from `first` on, on the device."""
-    loader = DataLoader(run.task.train, batch_size=None, sampler=range(first, steps))  # type: ignore[arg-type]
+    # Its own generator: a loader draws a seed when it starts, which must not move the state that dropout draws from.
+    order: Any = range(first, steps)
+    loader = DataLoader(run.task.train, batch_size=None, sampler=order, generator=torch.Generator())
     for batch in loader:
         share = shard(batch, run.accelerator.process_index, run.accelerator.num_processes)
         yield send_to_device(share, run.accelerator.device, non_blocking=True)

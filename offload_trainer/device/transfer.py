@@ -47,9 +47,7 @@ def scatter_from(values: Tensor, full: Tensor, index: Index) -> None:
     elif len(axes) == 1:
         full.index_copy_(axes[0], index[axes[0]], values)  # type: ignore[arg-type]
     elif len(axes) > 2:
-        full[torch.meshgrid(*[_all(k, n) for k, n in zip(index, full.shape, strict=True)], indexing="ij")] = (
-            values
-        )
+        full[torch.meshgrid(*[_all(k, n) for k, n in zip(index, full.shape, strict=True)], indexing="ij")] = values
     else:
         for rows, part in _row_chunks(full, index, axes[0]):
             block = full.index_select(axes[0], rows)
@@ -103,9 +101,7 @@ class Transfer:
             slab.flat.copy_(target.flat)  # the host waits here for the link: staging is reused at once
         self.bytes_moved += slab.nbytes
 
-    def write_back(
-        self, slab: Slab, master: Mapping[str, Tensor], plan: Plan, *, delta: bool = False
-    ) -> float:
+    def write_back(self, slab: Slab, master: Mapping[str, Tensor], plan: Plan, *, delta: bool = False) -> float:
         """Put a device slab's values into the master. With `delta`, returns Σ (value now − value at gather)²."""
         source = slab
         if self._staged:
@@ -126,9 +122,7 @@ class Transfer:
         """A pinned slab laid out as `slab`; kept while shapes stay the same."""
         key = (slab.flat.dtype, tuple((name, view.shape) for name, view in slab.items()))
         if key not in self._staging:
-            for old in [
-                k for k in self._staging if k[0] == slab.flat.dtype and [n for n, _ in k[1]] == list(slab)
-            ]:
+            for old in [k for k in self._staging if k[0] == slab.flat.dtype and [n for n, _ in k[1]] == list(slab)]:
                 self._staging.pop(old).close()
             shapes = {name: view.shape for name, view in slab.items()}
             self._staging[key] = Slab(shapes, slab.flat.dtype, pin=True)

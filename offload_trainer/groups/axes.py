@@ -114,7 +114,7 @@ def split(axis: Axis, sizes: Sequence[int]) -> list[Axis] | None:
             if head.size > size:
                 if head.size % size or not _factor(head, size):
                     return None
-                queue = resolve([head]) + queue[1:]
+                queue = resolve(queue)
                 continue
             if size % head.size:
                 return None
@@ -152,12 +152,12 @@ def unify(a: Axis, b: Axis, reason: str = "two axes of different make meet") -> 
         x, y = left[0], right[0]
         if x.size == y.size:
             _unify_symbols(left.pop(0), right.pop(0), reason)
-        elif x.size > y.size and x.size % y.size == 0 and _factor(x, y.size):
-            left = resolve(left)
-        elif y.size > x.size and y.size % x.size == 0 and _factor(y, x.size):
-            right = resolve(right)
-        else:
+        elif x.size > y.size:
+            if x.size % y.size or not _factor(x, y.size):
+                break
+        elif y.size % x.size or not _factor(y, x.size):
             break
+        left, right = resolve(left), resolve(right)  # a symbol that has just changed may stand in both
     pin(left, reason)
     pin(right, reason)
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from os.path import commonprefix
+from itertools import takewhile
 
 import torch
 
@@ -47,7 +47,8 @@ def _producers(slots: list[Slot], shapes: Mapping[str, torch.Size]) -> list[str]
 
 
 def _shared_module(modules: list[str]) -> str:
+    """The innermost module that holds all of them."""
     if len(modules) == 1:
         return modules[0]
-    parts = commonprefix([module.split(".") for module in modules])
-    return ".".join(parts) or modules[0]
+    levels = takewhile(lambda level: len(set(level)) == 1, zip(*(module.split(".") for module in modules), strict=False))
+    return ".".join(level[0] for level in levels) or modules[0]

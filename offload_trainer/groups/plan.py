@@ -68,9 +68,7 @@ class Groups:
         end = slot.offset + group.units * slot.block
         if slot.offset < 0 or slot.block < 1 or end > shape[slot.axis]:
             size = shape[slot.axis]
-            raise UserError(
-                f"{where}: {group.units} units of block {slot.block} end at {end}, past the axis ({size})"
-            )
+            raise UserError(f"{where}: {group.units} units of block {slot.block} end at {end}, past the axis ({size})")
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
@@ -169,9 +167,7 @@ class Plan(Mapping[str, Tensor]):
         return self._index[key]
 
     def _elements(self, tensor: str, axis: int) -> Tensor | None:
-        slots = [
-            (g, s) for g, s in self.groups.by_tensor.get(tensor, {}).get(axis, ()) if g.name in self._chosen
-        ]
+        slots = [(g, s) for g, s in self.groups.by_tensor.get(tensor, {}).get(axis, ()) if g.name in self._chosen]
         if not slots:
             return None
         keep = torch.ones(self.groups.shapes[tensor][axis], dtype=torch.bool)

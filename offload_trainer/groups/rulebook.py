@@ -25,13 +25,9 @@ def read_rules(rules: Mapping[str, Sequence[str]], model: nn.Module, widths: Wid
         for slot in slots:
             shape = shapes.get(slot.tensor)
             if shape is None:
-                raise UserError(
-                    f"structure.rules: group {name!r} names {slot.tensor!r}, which the model does not have"
-                )
+                raise UserError(f"structure.rules: group {name!r} names {slot.tensor!r}, which the model does not have")
             if slot.axis >= len(shape):
-                raise UserError(
-                    f"structure.rules: {str(slot)!r}: no axis {slot.axis} in shape {tuple(shape)}"
-                )
+                raise UserError(f"structure.rules: {str(slot)!r}: no axis {slot.axis} in shape {tuple(shape)}")
             room.append((shape[slot.axis] - slot.offset) // slot.block)
         groups.append(Group(name, min(room), slots))
     return Groups(tuple(groups), shapes, widths or {})
@@ -43,6 +39,4 @@ def _slot(group: str, text: str) -> Slot:
         axis, block, offset = [int(number) for number in numbers] + [1, 0][len(numbers) - 1 :]
         return Slot(tensor, axis, block, offset)
     except ValueError:
-        raise UserError(
-            f"structure.rules: group {group!r}: {text!r} must be tensor:axis[:block[:offset]]"
-        ) from None
+        raise UserError(f"structure.rules: group {group!r}: {text!r} must be tensor:axis[:block[:offset]]") from None

@@ -23,9 +23,7 @@ class Watch:
     def __enter__(self) -> "Watch":
         for path, module in self._model.named_modules():
             entry = (path, module)
-            self._handles.append(
-                module.register_forward_pre_hook(lambda *_, entry=entry: self._active.append(entry))
-            )
+            self._handles.append(module.register_forward_pre_hook(lambda *_, entry=entry: self._active.append(entry)))
             self._handles.append(module.register_forward_hook(lambda *_: self._active.pop() and None))
         return self
 
@@ -61,9 +59,7 @@ def run_watched(model: nn.Module, inputs: Inputs, failure: str) -> Any:
         except Exception as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             hint = _widths_in(watch.module)
-            raise UserError(
-                f"{failure}: {watch.where} raised {type(error).__name__}: {lines[0]}{hint}"
-            ) from error
+            raise UserError(f"{failure}: {watch.where} raised {type(error).__name__}: {lines[0]}{hint}") from error
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:

@@ -46,8 +46,7 @@ def slice_module(module: nn.Module, plan: Plan, groups: Groups) -> nn.Module:
     small = {name: take(tensor.detach(), plan, name) for name, tensor in named_tensors(module).items()}
     full = named_tensors(module)
     small = {
-        name: tensor.clone() if tensor.data_ptr() == full[name].data_ptr() else tensor
-        for name, tensor in small.items()
+        name: tensor.clone() if tensor.data_ptr() == full[name].data_ptr() else tensor for name, tensor in small.items()
     }
     return rebuild(module, small, plan, groups)
 
@@ -64,9 +63,7 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     memo: dict[int, Any] = {}
     for name, old in named_tensors(module).items():
         new = tensors[name]
-        memo[id(old)] = (
-            nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
-        )
+        memo[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
     return copy.deepcopy(module, memo)
 
 
@@ -81,9 +78,7 @@ def fit_widths(module: nn.Module, plan: Plan, groups: Groups) -> None:
             full = groups.shapes[name]
             before, after = full[axis], plan.shape(name)[axis]
             if before != after:
-                setattr(
-                    child, attribute, _scaled(getattr(child, attribute), before, after, f"{path}.{attribute}")
-                )
+                setattr(child, attribute, _scaled(getattr(child, attribute), before, after, f"{path}.{attribute}"))
 
 
 def _canonical_names(module: nn.Module) -> dict[str, str]:

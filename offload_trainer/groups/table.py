@@ -7,9 +7,7 @@ from offload_trainer.groups.plan import Group, Groups
 
 def table(groups: Groups) -> str:
     total = sum(shape.numel() for shape in groups.shapes.values()) or 1
-    rows: list[tuple[str, str, str, str, str]] = [
-        ("group", "units", "slots", "parameters", "share of the model")
-    ]
+    rows: list[tuple[str, str, str, str, str]] = [("group", "units", "slots", "parameters", "share of the model")]
     for members in _repeated(groups):
         tensors = {slot.tensor for group in members for slot in group.slots}
         parameters = sum(groups.shapes[tensor].numel() for tensor in tensors)

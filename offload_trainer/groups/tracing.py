@@ -1,6 +1,7 @@
-"""Find the groups of a model: run it once on fake tensors and follow its axes through every op."""
+"""Find the groups of a model: run it on fake tensors and follow its axes through every op; then trace half of it."""
 
 import logging
+from collections.abc import Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +17,8 @@ from offload_trainer.groups import axes as ax
 from offload_trainer.groups.axes import Axis, Symbol
 from offload_trainer.groups.naming import name_groups
 from offload_trainer.groups.plan import Groups, Plan, Slot, Widths
-from offload_trainer.groups.rules import RULES, Call, pin_all, pointwise
-from offload_trainer.groups.running import Inputs, Watch, run_watched, tensors_of
+from offload_trainer.groups.rules import RULES, Call, is_pointwise, pin_all, pointwise
+from offload_trainer.groups.running import Inputs, Watch, run_model, run_watched, tensors_of
 from offload_trainer.groups.slicing import named_tensors, rebuild, with_tensors
 
 WHOLE_MODULES = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
@@ -27,51 +28,88 @@ WHOLE_MODULES = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 def find_groups(
     model: nn.Module, example_inputs: Inputs, *, widths: Widths | None = None, pin_unknown: bool = False
 ) -> Groups:
-    """What can be sliced of `model`, found by one forward pass on fake tensors: no memory, no arithmetic.
+    """What can be sliced of `model`, found by running it on fake tensors: no memory, no arithmetic.
 
     `model` may lie on any device, the meta device included. `example_inputs` is a tuple of arguments or a dict of
     keyword arguments, on the CPU; odd sizes (batch 3, sequence 11) keep its axes apart from the model's own.
     `widths` adds attribute rules for the model's own module types (see `WIDTHS`).
 
+    The groups are then held against a sliced copy, which is traced as well: it must show the same groups, smaller.
+
     Raises `UserError`, naming the op and the module, for an op without a rule (`pin_unknown=True` instead leaves
-    everything that op touches unsliced), and when nothing can be sliced.
+    everything that op touches unsliced), for a width stored where no rule looks, and when nothing can be sliced.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), plain_attention():
-        skeleton = with_tensors(model, {n: _fake(t, mode) for n, t in named_tensors(model).items()}).eval()
-        trace = _Trace(skeleton, pin_unknown)
-        for module in skeleton.modules():
-            if isinstance(module, WHOLE_MODULES):
-                for tensor in module.parameters():
-                    trace.axes.pin(tensor, f"{type(module).__name__} computes its widths itself")
-        inputs = tree_map(lambda x: _fake(x, mode) if isinstance(x, Tensor) else x, example_inputs)
-        for tensor in tensors_of(inputs):
-            trace.axes.pin(tensor, "an input of the model")
-        with trace:
-            outputs = run_watched(skeleton, inputs, "the model cannot be traced")
-        for tensor in tensors_of(outputs):
-            trace.axes.pin(tensor, "an output of the model")
-        shapes = {name: torch.Size(tensor.shape) for name, tensor in named_tensors(skeleton).items()}
-        found = trace.sliceable({name for name, _ in skeleton.named_parameters()})
-        if not found:
-            why = sorted({leaf.pinned for leaf, _ in trace.slots() if leaf.pinned})
-            raise UserError(
-                f"no group of units found in {type(model).__name__}: every axis is pinned ({'; '.join(why)})"
-            )
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    skeleton = with_tensors(model, {n: _fake(t.shape, t.dtype, mode) for n, t in named_tensors(model).items()})
+    inputs = tree_map(lambda x: _fake(x.shape, x.dtype, mode) if isinstance(x, Tensor) else x, example_inputs)
+    trace = _traced(skeleton, inputs, mode, pin_unknown, "the model cannot be traced")
+    found = trace.sliceable()
+    if not found:
+        why = sorted({leaf.pinned for leaf, _ in trace.slots() if leaf.pinned})
+        raise UserError(f"no group of units found in {type(model).__name__}: every axis is pinned ({'; '.join(why)})")
+    shapes = {name: torch.Size(tensor.shape) for name, tensor in named_tensors(skeleton).items()}
     groups = Groups(name_groups(found, shapes), shapes, widths or {})
-    _try_half(skeleton, groups, inputs, mode)
+    _trace_sliced(skeleton, groups, inputs, mode, pin_unknown, must_train=trace.trains)
     return groups
 
 
-def _try_half(skeleton: nn.Module, groups: Groups, inputs: Inputs, mode: FakeTensorMode) -> None:
-    """Run half of every group, still without memory: it shows a width that is stored where no rule looks."""
-    half = Plan(groups, {group.name: torch.arange((group.units + 1) // 2) for group in groups})
-    tensors = named_tensors(skeleton)
-    shapes = {name: half.shape(name) for name in tensors}
-    with mode, torch.no_grad(), plain_attention(), _quiet("torch._subclasses.fake_tensor"):
-        sliced = rebuild(
-            skeleton, {n: torch.empty(shapes[n], dtype=t.dtype) for n, t in tensors.items()}, half, groups
-        )
-        run_watched(sliced, inputs, "a sliced subnetwork does not run, a width rule is missing (widths=…)")
+def _traced(
+    skeleton: nn.Module,
+    inputs: Inputs,
+    mode: FakeTensorMode,
+    pin_unknown: bool,
+    failure: str,
+    *,
+    must_train: bool = False,
+) -> "_Trace":
+    """A trace of the model in evaluation and, for branches that are only trained, in training."""
+    trace = _Trace(skeleton, pin_unknown)
+    trace.pin(tensors_of(inputs), "an input of the model")
+    with mode, torch.no_grad(), plain_attention(), _quiet("torch._subclasses.fake_tensor"), trace:
+        skeleton.eval()
+        outputs = tensors_of(run_watched(skeleton, inputs, failure))
+        if not outputs:
+            raise UserError(f"{failure}: it returns no tensor that could be found")
+        skeleton.train()
+        try:
+            outputs += tensors_of(run_model(skeleton, inputs))
+            trace.trains = True
+        except Exception as error:  # labels asked for, layers dropped at random: evaluation has to do
+            if must_train or isinstance(error, UserError):
+                raise UserError(f"{failure}, in training: {str(error).splitlines()[0]}") from error
+    trace.pin(outputs, "an output of the model")
+    trace.pin(trace.unused(), "unused in the forward pass")
+    return trace
+
+
+def _trace_sliced(
+    skeleton: nn.Module, groups: Groups, inputs: Inputs, mode: FakeTensorMode, pin_unknown: bool, *, must_train: bool
+) -> None:
+    """Trace a sliced copy: a width that is stored where no rule looks breaks it, or shows as other groups."""
+    # Neighbours get different widths, so that a `chunk(2)` of two groups does not pass for right.
+    kept = {g.name: torch.arange((g.units + 1) // 2 + (i % 2 and g.units > 3)) for i, g in enumerate(groups)}
+    plan = Plan(groups, kept)
+    tensors = {n: _fake(plan.shape(n), t.dtype, mode) for n, t in named_tensors(skeleton).items()}
+    sliced = rebuild(skeleton, tensors, plan, groups)
+    failure = "a sliced subnetwork does not run, a width rule is missing (widths=…)"
+    trace = _traced(sliced, inputs, mode, pin_unknown, failure, must_train=must_train)
+    again = {frozenset(slots) for slots in trace.sliceable().values()}
+    for group in groups:
+        slots = frozenset(_sliced_slot(slot, plan) for slot in group.slots)
+        if len(kept[group.name]) > 1 and slots not in again:  # one unit is no axis any more
+            near = max(again, key=lambda other: len(slots & other), default=frozenset())
+            where = min(slots - near, key=str).tensor.rpartition(".")[0] or "the model"
+            raise UserError(
+                f"group {group.name!r} is not the same in a sliced subnetwork: {where} or a module around it stores "
+                "a width that no rule covers; add one (widths=…)"
+            )
+
+
+def _sliced_slot(slot: Slot, plan: Plan) -> Slot:
+    """Where the slot begins once the plan has sliced its axis."""
+    index = plan.index(slot.tensor, slot.axis)
+    offset = slot.offset if index is None else int((index < slot.offset).sum())
+    return Slot(slot.tensor, slot.axis, slot.block, offset)
 
 
 class Axes:
@@ -88,13 +126,9 @@ class Axes:
     def __setitem__(self, tensor: Tensor, axes: list[Axis]) -> None:
         self._axes[tensor] = axes
 
-    def pin(self, tensor: Tensor, reason: str) -> None:
-        for axis in self[tensor]:
-            ax.pin(axis, reason)
-
     def follow(self, call: Call) -> bool:
         """Apply the op's rule; without one, pin all that the op touches and return False if that cost anything."""
-        rule = RULES.get(call.name) or (pointwise if torch.Tag.pointwise in call.func.tags else None)
+        rule = RULES.get(call.name) or (pointwise if is_pointwise(call.func) else None)
         if rule is not None:
             rule(call)
             return True
@@ -108,12 +142,20 @@ class _Trace(TorchDispatchMode):
 
     def __init__(self, skeleton: nn.Module, pin_unknown: bool):
         super().__init__()
-        self.axes = Axes()
+        self._axes = Axes()
+        self.trains = False
+        """Whether the model also runs in training mode."""
         self._pin_unknown = pin_unknown
         self._watch = Watch(skeleton)
-        self._declared = {name: [ax.fresh(n) for n in t.shape] for name, t in named_tensors(skeleton).items()}
-        for name, tensor in named_tensors(skeleton).items():
-            self.axes[tensor] = self._declared[name]
+        self._tensors = named_tensors(skeleton)
+        self._parameters = {name for name, _ in skeleton.named_parameters()}
+        self._used: set[int] = set()
+        self._declared = {name: [ax.fresh(n) for n in t.shape] for name, t in self._tensors.items()}
+        for name, tensor in self._tensors.items():
+            self._axes[tensor] = self._declared[name]
+        for module in skeleton.modules():
+            if isinstance(module, WHOLE_MODULES):
+                self.pin(module.parameters(), f"{type(module).__name__} computes its widths itself")
 
     def __enter__(self) -> "_Trace":
         self._watch.__enter__()
@@ -128,14 +170,23 @@ class _Trace(TorchDispatchMode):
         out = func(*args, **kwargs)
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
             return out
-        call = Call(func, args, kwargs, out, self.axes.__getitem__, self.axes.__setitem__)
-        if not self.axes.follow(call) and not self._pin_unknown:
+        call = Call(func, args, kwargs, out, self._axes.__getitem__, self._axes.__setitem__)
+        self._used.update(map(id, call.tensors()))
+        if not self._axes.follow(call) and not self._pin_unknown:
             raise UserError(
                 f"{self._watch.where} uses {call.name}, an op without a rule: add one with "
                 f'@offload_trainer.groups.rule("{call.name}"), or pass pin_unknown=True '
                 "(config: structure.pin_unknown) to leave what it touches unsliced"
             )
         return out
+
+    def pin(self, tensors: Iterable[Tensor], reason: str) -> None:
+        for tensor in tensors:
+            for axis in self._axes[tensor]:
+                ax.pin(axis, reason)
+
+    def unused(self) -> list[Tensor]:
+        return [tensor for tensor in self._tensors.values() if id(tensor) not in self._used]
 
     def slots(self) -> list[tuple[Symbol, Slot]]:
         """Every run of a leaf on a parameter or buffer, in the model's order."""
@@ -146,21 +197,19 @@ class _Trace(TorchDispatchMode):
             for leaf, block, offset in ax.occurrences(axis)
         ]
 
-    def sliceable(self, parameters: set[str]) -> dict[Symbol, list[Slot]]:
-        """Every leaf that may be sliced → its slots: one that is produced and used, at least once by a parameter."""
+    def sliceable(self) -> dict[Symbol, list[Slot]]:
+        """Every leaf that may be sliced → its slots, of which at least one is a parameter's."""
         ax.pin_inner([axis for axes in self._declared.values() for axis in axes])
         found: dict[Symbol, list[Slot]] = {}
         for leaf, slot in self.slots():
             if not leaf.pinned and leaf.size > 1:
                 found.setdefault(leaf, []).append(slot)
-        return {
-            leaf: slots for leaf, slots in found.items() if any(slot.tensor in parameters for slot in slots)
-        }
+        return {leaf: slots for leaf, slots in found.items() if any(slot.tensor in self._parameters for slot in slots)}
 
 
-def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+def _fake(shape: torch.Size, dtype: torch.dtype, mode: FakeTensorMode) -> Tensor:
     with mode:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 @contextmanager

@@ -206,11 +206,7 @@ class Gate(TorchDispatchMode):
             (args, kwargs or {}),
         )
         name = func._overloadpacket._qualified_op_name
-        out = (
-            self._over_kept(name, func, args, kwargs)
-            if name in REDUCTIONS | {"aten::native_layer_norm"}
-            else None
-        )
+        out = self._over_kept(name, func, args, kwargs) if name in REDUCTIONS | {"aten::native_layer_norm"} else None
         out = func(*args, **kwargs) if out is None else out
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
             self._axes.follow(Call(func, args, kwargs, out, self._axes.__getitem__, self._axes.__setitem__))
@@ -237,9 +233,7 @@ class Gate(TorchDispatchMode):
             affine.append(parameter)
         small, *statistics = func(tensor, shape, *affine, call["eps"])
         out = torch.zeros_like(args[0])
-        out[
-            tuple(torch.meshgrid(*[_all(indices.get(d), n) for d, n in enumerate(out.shape)], indexing="ij"))
-        ] = small
+        out[tuple(torch.meshgrid(*[_all(indices.get(d), n) for d, n in enumerate(out.shape)], indexing="ij"))] = small
         return (out, *statistics)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from offload_trainer.errors import UserError
+from offload_trainer.tasks.hf_config import fitted_config
 from offload_trainer.tasks.task import Shuffle, Task
 from offload_trainer.tasks.text import BYTES, TrainBlocks, blocks, find_documents, pack, read_documents, split
 from offload_trainer.tasks.weights import Weights, weight_files
@@ -199,7 +200,10 @@ def _blocks(documents: list[bytes], part: str, config: "CausalLM", tokenizer: An
 
 def _exporter(tokenizer: Any | None) -> Callable[[nn.Module, Path], None]:
     def save_export(module: nn.Module, folder: Path) -> None:
-        """The generation settings and the tokenizer, as `from_pretrained` looks for them; not config.json."""
+        """Config, generation settings and tokenizer, as `from_pretrained` looks for them."""
+        config = fitted_config(module)
+        if config is not None:
+            config.save_pretrained(folder)
         generation = getattr(module, "generation_config", None)
         if isinstance(generation, GenerationConfig):
             # Not save_pretrained: it refuses settings that loading accepts, which is no reason to lose an export.

@@ -47,7 +47,7 @@ def _walk(entry: str) -> Iterator[tuple[str, Path]]:
     root = Path(sysconfig.get_paths()["stdlib"] if stdlib else entry).expanduser()
     if root.is_file():
         yield root.name, root
-    elif not root.is_dir():
+    elif not entry or not root.is_dir():
         raise UserError(f"task.data ({entry}) does not exist: give stdlib, files or folders")
     for path in root.rglob("*.py" if stdlib else "*"):
         parts = path.relative_to(root).parts

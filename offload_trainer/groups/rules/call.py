@@ -15,9 +15,7 @@ RULES: dict[str, Callable[["Call"], None]] = {}
 class Call:
     """One executed op: arguments by schema name, output, and the axes of every tensor seen so far."""
 
-    def __init__(
-        self, func: Any, args: tuple, kwargs: dict, out: Any, axes_of: Callable[[Tensor], list[Axis]], assign
-    ):
+    def __init__(self, func: Any, args: tuple, kwargs: dict, out: Any, axes_of: Callable[[Tensor], list[Axis]], assign):
         schema = func._schema.arguments
         self.arguments = {a.name: a.default_value for a in schema if a.has_default_value()}
         self.arguments |= {a.name: value for a, value in zip(schema, args, strict=False)} | kwargs
@@ -54,10 +52,7 @@ class Call:
             padded = axes + [[]] * (out.ndim - len(axes))
             self.assign(
                 out,
-                [
-                    a if ax.size_of(a) == n else ax.fresh(n, reason)
-                    for a, n in zip(padded, out.shape, strict=False)
-                ],
+                [a if ax.size_of(a) == n else ax.fresh(n, reason) for a, n in zip(padded, out.shape, strict=False)],
             )
 
 
@@ -78,3 +73,9 @@ def pin_all(call: Call, reason: str) -> None:
             ax.pin(axis, reason)
     for out in call.outputs():
         call.assign(out, [ax.fresh(n, reason) for n in out.shape])
+
+
+def is_pointwise(func: Any) -> bool:
+    """Whether torch tags the op, or one of its overloads (`div.out` itself is not tagged), as pointwise."""
+    packet = func._overloadpacket
+    return any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads())

@@ -79,9 +79,7 @@ def constant(call: Call) -> None:
         call.assign(out, [ax.fresh(n, "a constant") for n in out.shape])
 
 
-@rule(
-    "softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "logcumsumexp"
-)
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "logcumsumexp")
 @rule("flip", "roll", "sort", "topk", "kthvalue", "argsort", "cummax", "cummin")
 def along(call: Call) -> None:
     """Every entry along `dim` depends on the others or on their order: that axis is not sliced."""

@@ -9,9 +9,7 @@ from offload_trainer.groups.rules.call import Call, pin_all, rule
 @rule("mm", "bmm", "mv", "dot", "addmm", "baddbmm", "matmul", "linear")
 def matmul(call: Call) -> None:
     """(…, m, k) @ (…, k, n): the k of both are one axis, and so are batch axes; a bias shares the output's axes."""
-    factors = [
-        call[n] for n in ("mat1", "mat2", "batch1", "batch2", "mat", "vec") if isinstance(call[n], Tensor)
-    ]
+    factors = [call[n] for n in ("mat1", "mat2", "batch1", "batch2", "mat", "vec") if isinstance(call[n], Tensor)]
     if len(factors) < 2:
         factors = [
             call[n]
@@ -85,9 +83,7 @@ def batch_norm(call: Call) -> None:
     out, *statistics = call.outputs()
     call.assign(out, axes)
     for other in statistics:
-        call.assign(
-            other, [channels if n == ax.size_of(channels) else ax.fresh(n, "statistics") for n in other.shape]
-        )
+        call.assign(other, [channels if n == ax.size_of(channels) else ax.fresh(n, "statistics") for n in other.shape])
 
 
 @rule("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm")
@@ -158,9 +154,7 @@ rule(
 )(_attention)
 
 
-@rule(
-    "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d"
-)
+@rule("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d")
 @rule(
     "_adaptive_avg_pool3d",
     "adaptive_max_pool2d",

@@ -68,7 +68,7 @@ def _cut(call: Call, dim: int, sizes: list[int], outputs: list[Tensor]) -> None:
         ax.pin(axis, "cut inside a unit")
         pieces = [ax.fresh(n, "a piece of a pinned axis") for n in sizes]
     for out, piece in zip(outputs, pieces, strict=True):
-        call.assign(out, axes[:dim] + [piece] + axes[dim + 1 :])
+        call.assign(out, [*axes[:dim], piece, *axes[dim + 1:]])
 
 
 @rule(
@@ -109,7 +109,7 @@ def slice_(call: Call) -> None:
         piece = ax.fresh(length, "a piece of a pinned axis")
     else:
         piece = pieces[1 if start else 0]
-    call.assign(out, axes[:dim] + [piece] + axes[dim + 1 :])
+    call.assign(out, [*axes[:dim], piece, *axes[dim + 1:]])
 
 
 @rule("select", "unbind")
@@ -131,7 +131,7 @@ def cat(call: Call) -> None:
             if i != dim:
                 ax.unify(mine, theirs)
     joined = ax.concat([axes[dim] for axes in every])
-    call.assign(call.outputs()[0], every[0][:dim] + [joined] + every[0][dim + 1 :])
+    call.assign(call.outputs()[0], [*every[0][:dim], joined, *every[0][dim + 1:]])
 
 
 @rule("stack")
@@ -141,7 +141,7 @@ def stack(call: Call) -> None:
         for mine, theirs in zip(every[0], others, strict=True):
             ax.unify(mine, theirs)
     dim = call["dim"] % (len(every[0]) + 1)
-    call.assign(call.outputs()[0], every[0][:dim] + [ax.fresh(len(every), ax.PICKED_APART)] + every[0][dim:])
+    call.assign(call.outputs()[0], [*every[0][:dim], ax.fresh(len(every), ax.PICKED_APART), *every[0][dim:]])
 
 
 @rule("embedding")
@@ -156,9 +156,7 @@ def index(call: Call) -> None:
     tensor, out = call.input, call.outputs()[0]
     axes, indices = call.axes_of(tensor), call["indices"]
     used = [i for i, t in enumerate(indices) if t is not None]
-    if any(indices[i].dtype in (torch.bool, torch.uint8) for i in used) or used != list(
-        range(used[0], used[-1] + 1)
-    ):
+    if any(indices[i].dtype in (torch.bool, torch.uint8) for i in used) or used != list(range(used[0], used[-1] + 1)):
         return pin_all(call, "advanced indexing")
     for i in used:
         ax.pin(axes[i], "rows chosen by index")
@@ -167,9 +165,7 @@ def index(call: Call) -> None:
     call.assign(out, axes[: used[0]] + picked + axes[used[-1] + 1 :])
 
 
-@rule(
-    "index_select", "gather", "scatter", "scatter_", "scatter_add", "scatter_add_", "index_add", "index_add_"
-)
+@rule("index_select", "gather", "scatter", "scatter_", "scatter_add", "scatter_add_", "index_add", "index_add_")
 @rule("index_copy", "index_copy_", "scatter_reduce", "scatter_reduce_", "take_along_dim")
 def index_along(call: Call) -> None:
     """Axis `dim` is addressed by number; the others line up with those of the source where the sizes agree."""
@@ -188,9 +184,7 @@ def index_along(call: Call) -> None:
     call.keep(axes, "chosen by index")
 
 
-@rule(
-    "index_put", "index_put_", "_index_put_impl_", "nonzero", "unique", "_unique2", "masked_select", "one_hot"
-)
+@rule("index_put", "index_put_", "_index_put_impl_", "nonzero", "unique", "_unique2", "masked_select", "one_hot")
 @rule("bincount", "histc", "searchsorted", "bucketize", "tril", "triu", "_local_scalar_dense", "equal")
 @rule(
     "lstm",
@@ -242,4 +236,4 @@ def glu(call: Call) -> None:
     if pieces is None:
         return pin_all(call, "a gate that cuts a unit")
     ax.unify(*pieces)
-    call.assign(call.outputs()[0], axes[:dim] + [pieces[0]] + axes[dim + 1 :])
+    call.assign(call.outputs()[0], [*axes[:dim], pieces[0], *axes[dim + 1:]])

@@ -1,0 +1,21 @@
+"""What every test starts from."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def a_new_accelerator() -> Iterator[None]:
+    """Accelerate remembers the first Accelerator of a process; a run in a test is a process of its own otherwise."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,0 +1,209 @@
+"""The benchmarks run and write the records they promise, and what they time is what they say it is."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from offload_trainer.device.subnet import Subnet
+from offload_trainer.device.transfer import Transfer
+from offload_trainer.groups import Plan, random_plan, slice_module
+from offload_trainer.groups.slicing import named_tensors
+from offload_trainer.master import Master
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+import bench  # noqa: E402
+from benchmarks import overhead, slicing, transfer  # noqa: E402
+from benchmarks.records import Record, Setting, merge, read_records  # noqa: E402
+from benchmarks.timing import take_turns, times_faster  # noqa: E402
+from benchmarks.workloads import Workload, training_step  # noqa: E402
+
+CASES = {
+    "slicing": [
+        f"{model} rho={keep}{baseline} quick"
+        for model in ("llama", "resnet32")
+        for keep in (0.5, 0.25, 0.1)
+        for baseline in ("", " masks")
+    ],
+    "overhead": ["llama K=50 quick", "resnet32 K=50 quick"],
+    "transfer": [
+        f"{what} rho={keep} quick" for keep in (0.5, 0.25) for what in ("gather", "writeback", "writeback+delta")
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_quick_run_writes_the_records_it_promises(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "results.json"
+    assert bench.main([name, "--quick", "--json", str(file)]) == 0
+    records = json.loads(file.read_text())
+    assert [record["case"] for record in records] == CASES[name]
+    for record in records:
+        assert record["name"] == name
+        assert set(record) == {
+            "name", "case", "value", "unit", "ratio", "against", "device", "versions", "details"
+        }  # fmt: skip
+        assert record["versions"].keys() == {"python", "torch", "offload_trainer"}
+        assert record["versions"]["torch"] == torch.__version__
+        assert record["unit"] and record["against"] and record["device"]
+        for number in (record["value"], record["ratio"], record["details"]["against_value"]):
+            assert math.isfinite(number) and number > 0
+        assert record["details"]["repeats"] >= 2
+        assert "aim" not in record["details"]  # tiny sizes are not what the aim is about
+    shown = capsys.readouterr().out
+    assert name in shown and "ratio" in shown
+
+
+def test_overhead_says_where_the_time_went() -> None:
+    setting = Setting(Accelerator(), quick=True)
+    record = overhead.compare(setting, workloads()[0], sync_every=6, repeats=2)
+    shares = [record.details[f"{part}_share"] for part in ("gather", "writeback", "reference")]
+    assert all(0 < share < 1 for share in shares) and sum(shares) < 1
+
+
+def workloads() -> list[Workload]:
+    return slicing.workloads("quick")
+
+
+def half(workload: Workload, model: torch.nn.Module, seed: int = 0) -> Plan:
+    """Half of every group, but of the residual stream all: a norm over a masked stream is not that over a sliced one."""
+    groups = workload.groups(model)
+    plan = random_plan(groups, torch.Generator().manual_seed(seed))
+    convolutional = workload.name != "llama"
+    return Plan(groups, {name: plan[name] for name in plan if convolutional or not name.startswith("residual")})
+
+
+@pytest.mark.parametrize("workload", workloads(), ids=lambda workload: workload.name)
+def test_masked_network_learns_what_the_sliced_one_learns(workload: Workload) -> None:
+    torch.manual_seed(0)
+    model = workload.build().double()
+    plan = half(workload, model)
+    sliced = slice_module(model, plan, plan.groups)
+    dense = slice_module(model, Plan.whole(plan.groups), plan.groups)
+    masked = slicing.Masked(slice_module(model, Plan.whole(plan.groups), plan.groups), plan)
+    inputs, targets = workload.batch()
+    batch = (inputs.double() if inputs.is_floating_point() else inputs, targets)
+    losses = [workload.loss_fn(module, batch) for module in (sliced, masked, dense)]
+    torch.testing.assert_close(losses[0], losses[1])
+    assert not torch.isclose(losses[0], losses[2])
+    losses[0].backward()
+    losses[1].backward()
+    small = dict(sliced.named_parameters())
+    for name, parameter in masked.network.named_parameters():
+        assert parameter.grad is not None
+        expected = torch.zeros_like(parameter)
+        expected[slicing.mask_of(plan, name)] = grad_of(small[name]).flatten()
+        torch.testing.assert_close(parameter.grad, expected)
+
+
+def grad_of(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+@pytest.mark.parametrize("workload", workloads(), ids=lambda workload: workload.name)
+def test_training_step_is_plain_training(workload: Workload) -> None:
+    torch.manual_seed(0)
+    module = workload.build()
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    step = training_step(module, workload, [workload.batch()], Accelerator())
+    losses = []
+    for _ in range(8):
+        step()
+        losses.append(float(workload.loss_fn(module, workload.batch())))
+    assert all(math.isfinite(loss) for loss in losses)
+    assert all(not torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
+@pytest.mark.parametrize("keep", transfer.KEEP)
+def test_transferred_values_are_the_masters(keep: float) -> None:
+    torch.manual_seed(0)
+    workload = transfer.workload("quick")
+    with torch.device("meta"):
+        model = workload.build()
+    groups = workload.groups(model)
+    master = Master(model, None, materialise=transfer.fill)
+    assert all(bool(tensor.isfinite().all()) for tensor in master.tensors.values())
+    before = {name: tensor.clone() for name, tensor in master.tensors.items()}
+    generator = torch.Generator().manual_seed(0)
+    subnet = Subnet(master, random_plan(groups, generator, keep), Transfer(torch.device("cpu")), torch.device("cpu"))
+    plan = random_plan(groups, generator, keep)
+    subnet.load(plan)
+    for name, tensor in named_tensors(subnet.module).items():
+        assert torch.equal(tensor.flatten(), before[name][slicing.mask_of(plan, name)])
+        tensor.detach().neg_()
+    subnet.write_back(delta=True)
+    for name, tensor in master.tensors.items():
+        mask = slicing.mask_of(plan, name)
+        assert torch.equal(tensor, torch.where(mask, -before[name], before[name]))
+
+
+def test_resident_network_has_the_shapes_of_every_subnet() -> None:
+    workload = workloads()[0]
+    groups = workload.groups(workload.build())
+    structure = overhead.Structure(groups, overhead.KEEP)
+    top = Plan(groups, structure.top())
+    for kept in structure.pair():
+        plan = Plan(groups, kept)
+        assert all(plan.shape(name) == top.shape(name) for name in groups.shapes)
+
+
+def test_contenders_take_turns() -> None:
+    turns: list[str] = []
+    contenders = {name: lambda name=name: turns.append(name) for name in "ab"}
+    seconds = take_turns(contenders, 2, torch.device("cpu"))
+    assert "".join(turns) == "baabba"  # one warm-up, and every other repeat in reverse
+    assert [len(own) for own in seconds.values()] == [2, 2]
+    assert times_faster({"a": [1.0, 2.0, 4.0], "b": [3.0, 4.0, 4.0]}, "a", "b") == 2.0
+
+
+def record(name: str = "slicing", case: str = "llama", device: str = "cpu", value: float = 1.0) -> Record:
+    return Record(name, case, value, "ms", 2.0, "the full network", device, {"python": "3"})
+
+
+def test_records_replace_those_of_the_same_case_and_device_only(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    merge(file, [record(), record(device="gpu"), record(case="resnet32")])
+    merge(file, [record(value=5.0), record(name="transfer")])
+    found = [(r["name"], r["case"], r["device"], r["value"]) for r in read_records(file)]
+    assert found == [
+        ("slicing", "llama", "cpu", 5.0),
+        ("slicing", "llama", "gpu", 1.0),
+        ("slicing", "resnet32", "cpu", 1.0),
+        ("transfer", "llama", "cpu", 1.0),
+    ]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_failed_write_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    merge(file, [record()])
+    before = file.read_text()
+    with pytest.raises(ValueError):
+        merge(file, [record(value=math.nan)])
+    assert file.read_text() == before and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '[{"name": "slicing"}]', "[1]"])
+def test_file_of_something_else_is_refused_before_measuring(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(content)
+    assert bench.main(["transfer", "--quick", "--json", str(file)]) == 2
+    assert str(file) in capsys.readouterr().err and file.read_text() == content
+
+
+def test_missing_folder_and_unknown_name_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["transfer", "--quick", "--json", str(tmp_path / "no" / "results.json")]) == 2
+    assert "its folder must be there" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["transfers"])

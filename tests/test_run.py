@@ -1,0 +1,191 @@
+"""Whole runs, as a user starts them."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from offload_trainer import find_groups
+from offload_trainer.config import parse
+from offload_trainer.result import load_export
+from offload_trainer.run import main
+from offload_trainer.tasks import build_task
+from tests.runs import ROOT, config, launch, metrics
+
+EXPECTED_METRICS = {
+    *("step", "round", "loss", "keep", "tokens_per_second", "gather_ms", "writeback_ms"),
+    *("delta_norm", "host_bytes", "device_bytes"),
+}
+
+
+def test_the_quickstart_command_in_a_short_form(tmp_path: Path) -> None:
+    """README's own command line, a few rounds of it: real data, real `accelerate launch`, a loadable export."""
+    text = (ROOT / "README.md").read_text()
+    command = re.search(r"&& (accelerate launch offload_trainer/run.py --config \S+)", text)
+    assert command is not None
+    program = command.group(1).split()
+    short = ["--steps", "6", "--sync_every", "3", "--structure.paired_batches", "1", "--task.batch_size", "2"]
+    short += ["--task.val_batches", "1", "--track.log_every", "2", "--out", str(tmp_path / "out")]
+    done = launch(*program, *short)
+    assert done.returncode == 0, done.stderr
+    records = metrics(tmp_path / "out")
+    assert [record["step"] for record in records] == [2, 4, 6]
+    assert set(records[0]) >= EXPECTED_METRICS
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert 2 < summary["exported"]["loss"] < 6
+    assert set(summary["seconds"]) >= {"train", "gather", "writeback", "reference", "evaluation"}
+    assert set(summary["ledger"]) == {"predicted", "measured"}
+    assert summary["exported"]["parameters"] < summary["full_master"]["parameters"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "export")
+    assert sum(p.numel() for p in model.parameters()) == summary["exported"]["parameters"]
+
+
+def test_the_export_computes_what_the_final_subnet_computes(tmp_path: Path) -> None:
+    """Through transformers, and through `load_export`, against the master of the last checkpoint."""
+    file = config(tmp_path)
+    assert main(["--config", str(file)]) == 0
+    out = tmp_path / "out"
+    task = build_task(parse(["--config", str(file)]).task, 0)
+    exported = AutoModelForCausalLM.from_pretrained(out / "export").eval()
+    groups = find_groups(task.model, task.example_inputs)
+    plan = json.loads((out / "export" / "plan.json").read_text())["kept"]
+    master = load_file(out / "checkpoints" / "step-00000012" / "weights.safetensors")
+    for name, tensor in exported.state_dict().items():
+        if name == "lm_head.weight":  # tied
+            name = "model.embed_tokens.weight"
+        full = master[name]
+        for group in groups:
+            for slot in group.slots:
+                if slot.tensor == name:
+                    units = torch.tensor(plan[group.name])
+                    picked = (units[:, None] * slot.block + torch.arange(slot.block)).flatten() + slot.offset
+                    full = full.index_select(slot.axis, picked)
+        assert torch.equal(full, tensor), name
+    summary = json.loads((out / "summary.json").read_text())
+    with torch.no_grad():
+        losses = [task.metrics_fn(exported, batch)["loss"] for batch in task.val]
+    assert float(torch.stack(losses).mean()) == pytest.approx(summary["exported"]["loss"], rel=1e-5)
+
+
+def test_resume_on_the_command_line_equals_an_uninterrupted_run(tmp_path: Path) -> None:
+    """With evaluations, a settled end and a schedule of the learning rate in between."""
+    changes = {"track.eval_every": 4, "structure.settle": 0.4, "optimizer.warmup_steps": 2}
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    whole, parts = config(tmp_path / "whole", **changes), config(tmp_path / "parts", **changes)
+    assert main(["--config", str(whole)]) == 0
+    assert main(["--config", str(parts)]) == 0
+    for newer in ("step-00000012",):  # as if it had been killed after step 8
+        for path in (tmp_path / "parts" / "out" / "checkpoints" / newer).iterdir():
+            path.unlink()
+        (tmp_path / "parts" / "out" / "checkpoints" / newer).rmdir()
+    assert main(["--config", str(parts), "--resume", "auto"]) == 0
+    one, two = (metrics(tmp_path / run / "out") for run in ("whole", "parts"))
+    for key in ("step", "round", "loss", "keep", "delta_norm", "val_loss"):
+        assert [r.get(key) for r in one] == [r.get(key) for r in two], key
+    ends = [tmp_path / run / "out" / "checkpoints" / "step-00000012" for run in ("whole", "parts")]
+    for file in ends[0].glob("*.safetensors"):
+        assert file.read_bytes() == (ends[1] / file.name).read_bytes(), file.name
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
+    """Two real processes on gloo, each with half of the same global batch."""
+    file = str(config(tmp_path, **{"structure.settle": 0.3, "track.eval_every": 4}))
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert main(["--config", file, "--out", one]) == 0
+    done = launch("torchrun", "--nproc_per_node", "2", "offload_trainer/run.py", "--config", file, "--out", two)
+    assert done.returncode == 0, done.stderr
+    for first, second in zip(metrics(Path(one)), metrics(Path(two)), strict=True):
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
+        assert second["delta_norm"] == pytest.approx(first["delta_norm"], rel=1e-3)
+        assert ("val_loss" in second) == ("val_loss" in first) == (first["step"] in (4, 8))
+        assert second.get("val_loss", 0) == pytest.approx(first.get("val_loss", 0), rel=1e-4)
+    # On as many processes as divide the batch, from any checkpoint.
+    assert main(["--config", file, "--out", two, "--resume", "auto"]) == 0
+
+
+def test_processes_that_do_not_divide_the_batch_are_told_so(tmp_path: Path) -> None:
+    file = str(config(tmp_path))
+    done = launch("torchrun", "--nproc_per_node", "3", "offload_trainer/run.py", "--config", file)
+    assert done.returncode != 0
+    assert "error: task.batch_size (4) must be divisible by the number of processes (3)" in done.stderr
+
+
+def test_dry_run_prints_groups_and_ledger_and_writes_nothing(tmp_path: Path) -> None:
+    done = launch("accelerate", "launch", "offload_trainer/run.py", "--config", str(config(tmp_path)), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    for word in ("residual", "model.layers.{0-1}.mlp", "activations", "weights", "together"):
+        assert word in done.stdout
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def images(folder: Path, size: int) -> Path:
+    """A tiny imagefolder of noise: two classes, six training and two test images each."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", 6), ("test", 2)):
+        for label in ("cat", "dog"):
+            (folder / part / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 255, (size, size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / part / label / f"{i}.png")
+    return folder
+
+
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_shipped_config_runs_at_reduced_size(tmp_path: Path, name: str) -> None:
+    file = str(ROOT / "configs" / f"{name}.yaml")
+    small = ["--steps", "4", "--sync_every", "2", "--structure.paired_batches", "1", "--task.batch_size", "4"]
+    small += ["--structure.result_batches", "1", "--out", str(tmp_path / "out"), "--optimizer.warmup_steps", "1"]
+    small += ["--track.log_every", "1", "--memory.compile", "false"]
+    if parse(["--config", file]).task.kind == "image_classification":
+        size = 64 if "imagenet" in name else 32
+        small += ["--task.data", str(images(tmp_path / "images", size)), "--task.image_size", str(size)]
+        small += ["--task.width", "0.125", "--task.workers", "0"]
+    else:
+        folder = tmp_path / "text"
+        folder.mkdir()
+        for i in range(30):
+            (folder / f"{i}.py").write_text(f"value = {i}\n" * 400)
+        model = "{model_type: llama, vocab_size: 256, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, \
+num_attention_heads: 4, num_key_value_heads: 2, head_dim: 8, max_position_embeddings: 64}"
+        small += ["--task.data", str(folder), "--task.model", model, "--task.sequence", "32"]
+    assert main(["--config", file, *small]) == 0
+    records = metrics(tmp_path / "out")
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert all(math.isfinite(record["loss"]) for record in records)
+    assert (tmp_path / "out" / "export" / "model.safetensors").is_file()
+
+
+def test_an_exported_cnn_loads_with_its_plan(tmp_path: Path) -> None:
+    data = images(tmp_path / "images", 32)
+    arguments = ["--config", str(ROOT / "configs/vgg19_cifar10.yaml"), "--task.data", str(data), "--task.width", "0.125"]
+    arguments += ["--steps", "4", "--sync_every", "2", "--structure.paired_batches", "1", "--task.batch_size", "4"]
+    arguments += ["--structure.result", "best_of", "--structure.samples", "2", "--structure.result_batches", "2"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    task = build_task(parse(arguments).task, 0)
+    model = load_export(tmp_path / "out" / "export", task.model, find_groups(task.model, task.example_inputs))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    total = sum(task.count(batch) for batch in task.val)
+    with torch.no_grad():
+        loss = sum(float(task.metrics_fn(model, batch)["loss"]) * task.count(batch) for batch in task.val) / total
+    assert loss == pytest.approx(summary["exported"]["loss"], rel=1e-5)
+    assert sum(p.numel() for p in model.parameters()) == summary["exported"]["parameters"]
+
+
+def test_the_library_example_of_the_readme_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    scope: dict[str, object] = {}
+    exec(compile(blocks[0], "README.md", "exec"), scope)
+    small = scope["small"]
+    assert isinstance(small, torch.nn.Sequential)
+    assert isinstance(small[0], torch.nn.Linear) and small[0].out_features == 256
