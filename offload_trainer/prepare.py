@@ -1,4 +1,4 @@
-"""Everything a run needs, made from its config, and everything that can be wrong with it, found: nothing full-size yet."""
+"""Everything a run needs, made from its config; all that can be wrong with it is found here, before it is paid for."""
 
 import os
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
+from offload_trainer import snapshot, tasks
 from offload_trainer.config import Config, OptimizerConfig
 from offload_trainer.errors import UserError
 from offload_trainer.groups import Groups, Plan, find_groups, read_rules, verify_groups
 from offload_trainer.groups.slicing import named_tensors
 from offload_trainer.master import Checkpoint, Ledger, StateLayout, find_checkpoint, predict, probe_optimizer
 from offload_trainer.structure import Structure
-from offload_trainer import snapshot, tasks
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -36,7 +36,7 @@ class Prepared:
 
 
 def prepare(config: Config) -> Prepared:
-    """Raises `UserError` for whatever the user can mend; allocates nothing of the master's size but what verifying takes."""
+    """Raises `UserError` for whatever the user can mend. Nothing full-size is allocated but what verifying takes."""
     accelerator = make_accelerator(config)
     out = Path(config.out)
     require_writable(out)
@@ -74,9 +74,7 @@ def prepare(config: Config) -> Prepared:
 def make_accelerator(config: Config) -> Accelerator:
     asked, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if there and asked > there:
-        raise UserError(
-            f"{asked} processes were started on this machine, which has {there} GPUs; each needs its own"
-        )
+        raise UserError(f"{asked} processes were started on this machine, which has {there} GPUs; each needs its own")
     precision = "bf16" if config.memory.autocast == "bf16" else "no"
     try:
         return Accelerator(
@@ -128,9 +126,7 @@ def optimizer_factory(section: OptimizerConfig) -> OptimizerFactory:
     return make
 
 
-def checkpoint_to_resume(
-    config: Config, out: Path, model: nn.Module, layout: StateLayout
-) -> Checkpoint | None:
+def checkpoint_to_resume(config: Config, out: Path, model: nn.Module, layout: StateLayout) -> Checkpoint | None:
     if config.resume is None:
         return None
     if config.resume == "auto":
@@ -148,9 +144,7 @@ def checkpoint_to_resume(
         )
     if checkpoint.meta["sync_every"] != config.sync_every:
         there = checkpoint.meta["sync_every"]
-        raise UserError(
-            f"sync_every ({config.sync_every}) must be {there}, as in the checkpoint {checkpoint.path}"
-        )
+        raise UserError(f"sync_every ({config.sync_every}) must be {there}, as in the checkpoint {checkpoint.path}")
     return checkpoint
 
 
@@ -162,6 +156,4 @@ def require_writable(out: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"out ({out}) must be a folder that can be written: {error.strerror or error}"
-        ) from error
+        raise UserError(f"out ({out}) must be a folder that can be written: {error.strerror or error}") from error

@@ -72,7 +72,7 @@ def save_export(module: nn.Module, plan: Plan, folder: Path) -> None:
 
 
 def load_export(folder: str | Path, model: nn.Module, groups: Groups) -> nn.Module:
-    """The exported module, from the full-size `model` it was cut from (which may lie on the meta device) and its groups.
+    """The exported module, from the full-size `model` it was cut from (the meta device will do) and its groups.
 
     Raises `UserError` when the folder holds no export, or one of another model.
     """
@@ -89,9 +89,7 @@ def load_export(folder: str | Path, model: nn.Module, groups: Groups) -> nn.Modu
             if name in stored:
                 tensors[name] = file.get_tensor(name)
             elif full.is_meta:
-                raise UserError(
-                    f"{folder / WEIGHTS} does not hold {name}, and the model is on the meta device"
-                )
+                raise UserError(f"{folder / WEIGHTS} does not hold {name}, and the model is on the meta device")
             else:
                 tensors[name] = full.detach().clone()  # a buffer that is not saved
             if tensors[name].shape != plan.shape(name):

@@ -13,6 +13,16 @@ from offload_trainer.device import ranks
 
 
 @dataclass
+class Round:
+    """A round under way: its steps so far, and what they showed (numbers that may still be on the device)."""
+
+    steps: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+    differences: list[Tensor] = field(default_factory=list)
+    """L(m) − L(m′) of each paired batch."""
+
+
+@dataclass
 class RoundReport:
     """How the running round (or the last, if none is) began, and how the last finished one ended."""
 

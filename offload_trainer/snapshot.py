@@ -23,9 +23,7 @@ def save(offloader: Offloader, store: CheckpointStore, extra: Mapping[str, Any] 
     return store.save(offloader.steps, parts, {"offloader": state, **(extra or {})})
 
 
-def check(
-    checkpoint: Checkpoint, shapes: Mapping[str, Any], moments: Mapping[str, Any], trained: set[str]
-) -> None:
+def check(checkpoint: Checkpoint, shapes: Mapping[str, Any], moments: Mapping[str, Any], trained: set[str]) -> None:
     """Raise `UserError` unless the checkpoint is of a model of these shapes; reads headers only."""
     checkpoint.check("weights", shapes)
     for name in moments:

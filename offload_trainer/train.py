@@ -24,7 +24,7 @@ from offload_trainer.tasks import shard
 
 
 def train(config: Config) -> None:
-    """Prepare, train round by round, and leave the result in `config.out`. Raises `UserError` for what a user can mend."""
+    """Prepare, train round by round, leave the result in `config.out`. Raises `UserError` for what a user can mend."""
     run = prepare(config)
     accelerator, task = run.accelerator, run.task
     if config.dry_run:
@@ -166,7 +166,7 @@ def learning_rate_factor(config: Config, step: int) -> float:
 
 
 def due(step: int, every: int, config: Config) -> bool:
-    """Whether something done every so many steps (0: never) falls on this one: at the end of a round, before the last."""
+    """Whether something done every so many steps (0: never) falls on this one: the end of a round, not the last."""
     if not every or step % config.sync_every or step >= config.steps:
         return False
     return step // every > (step - config.sync_every) // every

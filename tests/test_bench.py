@@ -18,11 +18,11 @@ from offload_trainer.master import Master
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-import bench  # noqa: E402
-from benchmarks import overhead, slicing, transfer  # noqa: E402
-from benchmarks.records import Record, Setting, merge, read_records  # noqa: E402
-from benchmarks.timing import take_turns, times_faster  # noqa: E402
-from benchmarks.workloads import Workload, training_step  # noqa: E402
+import bench
+from benchmarks import overhead, slicing, transfer
+from benchmarks.records import Record, Setting, merge, read_records
+from benchmarks.timing import take_turns, times_faster
+from benchmarks.workloads import Workload, training_step
 
 CASES = {
     "slicing": [
@@ -74,7 +74,7 @@ def workloads() -> list[Workload]:
 
 
 def half(workload: Workload, model: torch.nn.Module, seed: int = 0) -> Plan:
-    """Half of every group, but of the residual stream all: a norm over a masked stream is not that over a sliced one."""
+    """Half of every group, but the residual stream whole: a norm over it sees masked zeros."""
     groups = workload.groups(model)
     plan = random_plan(groups, torch.Generator().manual_seed(seed))
     convolutional = workload.name != "llama"
@@ -110,16 +110,16 @@ def grad_of(parameter: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("workload", workloads(), ids=lambda workload: workload.name)
-def test_training_step_is_plain_training(workload: Workload) -> None:
+def test_training_step_trains_every_weight(workload: Workload) -> None:
     torch.manual_seed(0)
     module = workload.build()
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
-    step = training_step(module, workload, [workload.batch()], Accelerator())
-    losses = []
-    for _ in range(8):
+    batch = workload.batch()
+    first = workload.loss_fn(module, batch).detach()
+    step = training_step(module, workload, [batch], Accelerator())
+    for _ in range(5):
         step()
-        losses.append(float(workload.loss_fn(module, workload.batch())))
-    assert all(math.isfinite(loss) for loss in losses)
+    assert workload.loss_fn(module, batch) < first
     assert all(not torch.equal(p, before[name]) for name, p in module.named_parameters())
 
 

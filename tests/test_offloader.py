@@ -1,9 +1,12 @@
 """The rounds: DESIGN §10, 1 and 2, and what a round must not do."""
 
+import math
+import shutil
 from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from offload_trainer import Offloader, Structure, UserError, find_groups
@@ -112,7 +115,8 @@ def test_a_round_changes_what_the_plan_keeps_and_nothing_else(factory: Factory, 
             for kind, store in stores.items():
                 for name, tensor in store.items():
                     inside = torch.zeros(tensor.shape, dtype=torch.bool)
-                    rows = [torch.arange(n) if i is None else i for i, n in zip(plan.indices(name), tensor.shape)]
+                    kept = zip(plan.indices(name), tensor.shape, strict=True)
+                    rows = [torch.arange(size) if index is None else index for index, size in kept]
                     inside[torch.meshgrid(*rows, indexing="ij") if rows else ()] = True
                     assert torch.equal(tensor[~inside], before[kind][name][~inside]), (kind, name)
                     if kind == "weights":
@@ -157,7 +161,7 @@ def test_the_reference_leaves_no_trace() -> None:
 def test_the_difference_is_the_mean_over_the_paired_batches() -> None:
     with offloader(network(), SGD, paired_batches=2) as trainer:
         trainer.begin_round()
-        reference = trainer._reference
+        reference = trainer._bench._reference
         assert reference is not None
         torch.manual_seed(5)
         expected = []
@@ -247,7 +251,7 @@ def test_a_loss_that_is_not_finite_names_step_and_round_and_spares_the_master() 
             run(trainer, [*data(2), bad, *data(2)])
         for name, tensor in before.items():
             assert torch.equal(tensor, trainer.master[name]), name
-        trainer._round_steps = None
+        trainer._round = None
 
 
 def test_export_computes_what_the_final_subnet_computes() -> None:
@@ -277,3 +281,57 @@ def test_optimizer_state_of_another_shape_is_an_error() -> None:
 def test_optimizer_must_be_one() -> None:
     with pytest.raises(UserError, match="must return a torch optimizer, it returned list"):
         offloader(network(), lambda params: params)  # type: ignore[arg-type, return-value]
+
+
+def test_bf16_autocast_trains_in_bf16_and_keeps_fp32_weights() -> None:
+    seen = []
+
+    def watched(module: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        logits = module(batch[0])
+        seen.append(logits.dtype)
+        return nn.functional.cross_entropy(logits, batch[1])
+
+    model = network()
+    groups = find_groups(model, (torch.zeros(3, 3, 8, 8),))
+    with Offloader(
+        model,
+        groups,
+        watched,
+        optimizer=ADAMW,
+        structure=Structure(groups, 0.5),
+        sync_every=5,
+        accelerator=Accelerator(mixed_precision="bf16", cpu=True),
+    ) as trainer:
+        losses = run(trainer, data(10))
+    assert set(seen) == {torch.bfloat16}  # the subnet and the reference
+    assert all(tensor.dtype == torch.float32 for tensor in trainer.master.values() if tensor.is_floating_point())
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a compiler on a CPU")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own
+def test_a_compiled_subnet_trains_as_the_plain_one_does() -> None:
+    def mlp() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3))
+
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(6, 8, generator=generator), torch.randint(3, (6,), generator=generator)) for _ in range(20)]
+    results = []
+    for compile in (False, True):
+        model = mlp()
+        groups = find_groups(model, (torch.zeros(3, 8),))
+        structure = Structure(groups, 0.5)
+        with Offloader(
+            model, groups, loss_fn, optimizer=ADAMW, structure=structure, sync_every=5, compile=compile
+        ) as trainer:
+            results.append(run(trainer, batches))
+    assert results[1] == pytest.approx(results[0], rel=1e-4)
+
+
+def test_compiling_needs_constant_widths() -> None:
+    with pytest.raises(UserError, match="constant widths"):
+        model = network()
+        groups = find_groups(model, (torch.zeros(3, 3, 8, 8),))
+        structure = Structure(groups, 0.5, sampler="bernoulli")
+        Offloader(model, groups, loss_fn, optimizer=ADAMW, structure=structure, compile=True)

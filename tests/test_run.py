@@ -168,7 +168,14 @@ num_attention_heads: 4, num_key_value_heads: 2, head_dim: 8, max_position_embedd
 
 def test_an_exported_cnn_loads_with_its_plan(tmp_path: Path) -> None:
     data = images(tmp_path / "images", 32)
-    arguments = ["--config", str(ROOT / "configs/vgg19_cifar10.yaml"), "--task.data", str(data), "--task.width", "0.125"]
+    arguments = [
+        "--config",
+        str(ROOT / "configs/vgg19_cifar10.yaml"),
+        "--task.data",
+        str(data),
+        "--task.width",
+        "0.125",
+    ]
     arguments += ["--steps", "4", "--sync_every", "2", "--structure.paired_batches", "1", "--task.batch_size", "4"]
     arguments += ["--structure.result", "best_of", "--structure.samples", "2", "--structure.result_batches", "2"]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0

@@ -1,5 +1,7 @@
 """Pinning host memory, and how much memory is in use: the one place that asks CUDA."""
 
+from typing import Any
+
 import psutil
 import torch
 from torch import Tensor
@@ -12,15 +14,15 @@ def register(tensor: Tensor) -> None:
     # Touching the pages first, from torch's threads, makes registration about three times faster.
     tensor.zero_()
     nbytes = tensor.numel() * tensor.element_size()
-    status = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), nbytes, 0))
+    runtime: Any = torch.cuda.cudart()
+    status = int(runtime.cudaHostRegister(tensor.data_ptr(), nbytes, 0))
     if status != 0:
-        raise UserError(
-            f"cannot pin {nbytes / 2**30:.2f} GiB of host memory (CUDA error {status}); see `ulimit -l`"
-        )
+        raise UserError(f"cannot pin {nbytes / 2**30:.2f} GiB of host memory (CUDA error {status}); see `ulimit -l`")
 
 
 def unregister(tensor: Tensor) -> None:
-    torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
+    runtime: Any = torch.cuda.cudart()
+    runtime.cudaHostUnregister(tensor.data_ptr())
 
 
 def device_bytes(device: torch.device) -> int | None:

@@ -43,6 +43,4 @@ def require_same(accelerator: Accelerator, what: str, value: str) -> None:
     if accelerator.num_processes > 1:
         values = gather_object([value])
         if len(set(values)) > 1:
-            raise UserError(
-                f"the ranks disagree on {what}: {values}; were they started with the same config and seed?"
-            )
+            raise UserError(f"the ranks disagree on {what}: {values}; were they started with the same config and seed?")

@@ -35,9 +35,7 @@ class Subnet:
 
     def write_back(self, *, delta: bool) -> float:
         """Values → master; with `delta`, the squared norm of the change of all floating-point tensors."""
-        return sum(
-            self._transfer.write_back(s, self._master.tensors, self.plan, delta=delta) for s in self.slabs
-        )
+        return sum(self._transfer.write_back(s, self._master.tensors, self.plan, delta=delta) for s in self.slabs)
 
     def is_finite(self) -> bool:
         """Whether every parameter is finite. The host waits for the device here."""
@@ -109,9 +107,7 @@ class TrainedSubnet(Subnet):
         """End a round: moments and scalars → master. The live moments of mixed-age parameters are used up by it."""
         if not self._carry:
             return
-        states = {
-            name: self.optimizer.state[p] for name, p in self.parameters.items() if self.optimizer.state[p]
-        }
+        states = {name: self.optimizer.state[p] for name, p in self.parameters.items() if self.optimizer.state[p]}
         self._master.scalars.update(read_scalars(states.items(), self._layout))
         for moment, slab in self._moments.items():
             for name, state in states.items():

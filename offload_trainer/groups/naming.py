@@ -50,5 +50,7 @@ def _shared_module(modules: list[str]) -> str:
     """The innermost module that holds all of them."""
     if len(modules) == 1:
         return modules[0]
-    levels = takewhile(lambda level: len(set(level)) == 1, zip(*(module.split(".") for module in modules), strict=False))
+    levels = takewhile(
+        lambda level: len(set(level)) == 1, zip(*(module.split(".") for module in modules), strict=False)
+    )
     return ".".join(level[0] for level in levels) or modules[0]

@@ -17,7 +17,7 @@ from offload_trainer.groups import axes as ax
 from offload_trainer.groups.axes import Axis, Symbol
 from offload_trainer.groups.naming import name_groups
 from offload_trainer.groups.plan import Groups, Plan, Slot, Widths
-from offload_trainer.groups.rules import RULES, Call, is_pointwise, pin_all, pointwise
+from offload_trainer.groups.rules import Call, pin_all, rule_of
 from offload_trainer.groups.running import Inputs, Watch, run_model, run_watched, tensors_of
 from offload_trainer.groups.slicing import named_tensors, rebuild, with_tensors
 
@@ -32,7 +32,7 @@ def find_groups(
 
     `model` may lie on any device, the meta device included. `example_inputs` is a tuple of arguments or a dict of
     keyword arguments, on the CPU; odd sizes (batch 3, sequence 11) keep its axes apart from the model's own.
-    `widths` adds attribute rules for the model's own module types (see `WIDTHS`).
+    `widths` adds attribute rules for the model's own module types (see `groups.widths`).
 
     The groups are then held against a sliced copy, which is traced as well: it must show the same groups, smaller.
 
@@ -128,7 +128,7 @@ class Axes:
 
     def follow(self, call: Call) -> bool:
         """Apply the op's rule; without one, pin all that the op touches and return False if that cost anything."""
-        rule = RULES.get(call.name) or (pointwise if is_pointwise(call.func) else None)
+        rule = rule_of(call.func)
         if rule is not None:
             rule(call)
             return True
@@ -172,6 +172,8 @@ class _Trace(TorchDispatchMode):
             return out
         call = Call(func, args, kwargs, out, self._axes.__getitem__, self._axes.__setitem__)
         self._used.update(map(id, call.tensors()))
+        if isinstance(self._watch.module, nn.RMSNorm) and self._watch.module.weight is None:
+            self.pin(call.tensors(), "its size is given to a norm without weights")
         if not self._axes.follow(call) and not self._pin_unknown:
             raise UserError(
                 f"{self._watch.where} uses {call.name}, an op without a rule: add one with "

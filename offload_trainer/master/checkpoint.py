@@ -52,9 +52,8 @@ class Checkpoint:
             there = shapes.get(name)
             here = tuple(targets[name].shape) if name in targets else None
             if there != here:
-                raise UserError(
-                    f"checkpoint {self.path} is of another model: {name} is {there or 'absent'} there, {here or 'absent'} here"
-                )
+                what = f"{name} is {there or 'absent'} there, {here or 'absent'} here"
+                raise UserError(f"checkpoint {self.path} is of another model: {what}")
 
 
 class CheckpointStore:
@@ -77,9 +76,7 @@ class CheckpointStore:
             shutil.disk_usage(self.folder).free,
         )
         if need > free:
-            raise UserError(
-                f"no room for a checkpoint in {self.folder}: it needs {_gib(need)}, {_gib(free)} are free"
-            )
+            raise UserError(f"no room for a checkpoint in {self.folder}: it needs {_gib(need)}, {_gib(free)} are free")
         writing = self.folder / f".writing-{path.name}"
         try:
             writing.mkdir()
@@ -93,9 +90,7 @@ class CheckpointStore:
         except BaseException as error:
             shutil.rmtree(writing, ignore_errors=True)
             if isinstance(error, OSError):
-                raise UserError(
-                    f"cannot write a checkpoint to {self.folder}: {error.strerror or error}"
-                ) from error
+                raise UserError(f"cannot write a checkpoint to {self.folder}: {error.strerror or error}") from error
             raise
         for old in self._folders()[: -self.keep_last]:
             shutil.rmtree(old)

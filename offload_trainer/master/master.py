@@ -48,9 +48,7 @@ class Master:
         self.trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         self.moments: dict[str, Mapping[str, Tensor]] = {}
         for moment, dtype in (layout.moments if layout else {}).items():
-            slab = Slab(
-                {name: self.tensors[name].shape for name in names if name in self.trainable}, dtype, pin=pin
-            )
+            slab = Slab({name: self.tensors[name].shape for name in names if name in self.trainable}, dtype, pin=pin)
             slab.flat.zero_()
             self._slabs.append(slab)
             self.moments[moment] = slab

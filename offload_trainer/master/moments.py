@@ -61,9 +61,7 @@ def probe_optimizer(factory: OptimizerFactory, dtype: torch.dtype, device: torch
     parameter = nn.Parameter(torch.zeros(6, 10, dtype=dtype, device=device))
     optimizer = factory([parameter])
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise UserError(
-            f"optimizer(params) must return a torch optimizer, it returned {type(optimizer).__name__}"
-        )
+        raise UserError(f"optimizer(params) must return a torch optimizer, it returned {type(optimizer).__name__}")
     parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     moments: dict[str, torch.dtype] = {}
@@ -74,11 +72,7 @@ def probe_optimizer(factory: OptimizerFactory, dtype: torch.dtype, device: torch
         elif isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0):
             scalars[name] = value
         elif value is not None:
-            what = (
-                f"a tensor of shape {tuple(value.shape)}"
-                if isinstance(value, Tensor)
-                else type(value).__name__
-            )
+            what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise UserError(
                 f"{type(optimizer).__name__} keeps {name!r} as {what}, not of the parameter's shape: "
                 "it cannot be carried between rounds, use optimizer.state: reset"
@@ -93,7 +87,5 @@ def set_scalars(state: dict[str, Any], layout: StateLayout, values: Mapping[str,
         state[name] = torch.full_like(example, value) if isinstance(example, Tensor) else type(example)(value)
 
 
-def read_scalars(
-    states: Iterable[tuple[str, Mapping[str, Any]]], layout: StateLayout
-) -> dict[str, dict[str, float]]:
+def read_scalars(states: Iterable[tuple[str, Mapping[str, Any]]], layout: StateLayout) -> dict[str, dict[str, float]]:
     return {name: {key: float(state[key]) for key in layout.scalars} for name, state in states}

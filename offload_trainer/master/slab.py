@@ -38,9 +38,7 @@ class Slab(Mapping[str, Tensor]):
             self.flat = torch.empty(numel, dtype=dtype, device=device)
         except RuntimeError as error:
             gib = numel * dtype.itemsize / 2**30
-            raise UserError(
-                f"cannot allocate a slab of {gib:.2f} GiB on {device}: {error}".splitlines()[0]
-            ) from error
+            raise UserError(f"cannot allocate a slab of {gib:.2f} GiB on {device}: {error}".splitlines()[0]) from error
         self._pinned = False
         if pin and numel:
             memory.register(self.flat)

@@ -27,9 +27,7 @@ _NAMES = {
 }
 
 
-def write_safetensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> int:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
     """Write host tensors to a new file, flushed to disk; returns its size in bytes."""
     header = _header(tensors, metadata)
     with open(path, "wb") as file:
@@ -45,11 +43,7 @@ def write_safetensors(
 
 def file_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Size of the file `write_safetensors` would write."""
-    return (
-        8
-        + len(_header(tensors, None))
-        + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    )
+    return 8 + len(_header(tensors, None)) + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:

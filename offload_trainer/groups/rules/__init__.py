@@ -6,7 +6,7 @@ Add one with `@rule("name")`; the name is the op's, as the error for an op witho
 """
 
 from offload_trainer.groups.rules import layers, shapes
-from offload_trainer.groups.rules.call import RULES, Call, is_pointwise, pin_all, rule
-from offload_trainer.groups.rules.elementwise import pointwise
+from offload_trainer.groups.rules.call import RULES, Call, pin_all, rule
+from offload_trainer.groups.rules.elementwise import pointwise, rule_of
 
-__all__ = ["RULES", "Call", "is_pointwise", "layers", "pin_all", "pointwise", "rule", "shapes"]
+__all__ = ["RULES", "Call", "layers", "pin_all", "pointwise", "rule", "rule_of", "shapes"]

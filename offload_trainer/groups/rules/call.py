@@ -73,9 +73,3 @@ def pin_all(call: Call, reason: str) -> None:
             ax.pin(axis, reason)
     for out in call.outputs():
         call.assign(out, [ax.fresh(n, reason) for n in out.shape])
-
-
-def is_pointwise(func: Any) -> bool:
-    """Whether torch tags the op, or one of its overloads (`div.out` itself is not tagged), as pointwise."""
-    packet = func._overloadpacket
-    return any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads())

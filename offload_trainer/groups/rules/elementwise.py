@@ -1,13 +1,33 @@
 """Ops that keep positions: pointwise, reductions, and those that run along an axis."""
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from offload_trainer.groups import axes as ax
 from offload_trainer.groups.axes import Axis
-from offload_trainer.groups.rules.call import Call, rule
+from offload_trainer.groups.rules.call import RULES, Call, rule
+
+ORDERED = ("argmax", "argmin", "kthvalue", "median", "nanmedian", "mode")
 
 
-@rule("_prelu_kernel", "lerp", "lerp_", "rrelu_with_noise", "dequantize", "polar", "_weight_norm_interface")
+def rule_of(func: Any) -> Callable[[Call], None] | None:
+    """The rule of an op: its own, or `pointwise` where torch tags the op, or what it does in place, as that."""
+    name: str = func._overloadpacket._qualified_op_name
+    if name in RULES:
+        return RULES[name]
+    packets = [func._overloadpacket]
+    if name.startswith("aten::") and name.endswith("_"):
+        packets.append(getattr(torch.ops.aten, name[6:-1], func._overloadpacket))
+    # Tags belong to overloads, and not every overload of a pointwise op has it (`div.out`).
+    tagged = any(torch.Tag.pointwise in getattr(packet, each).tags for packet in packets for each in packet.overloads())
+    return pointwise if tagged else None
+
+
+@rule("_prelu_kernel", "rrelu_with_noise", "dequantize", "polar", "_weight_norm_interface", "hardswish", "hardswish_")
+@rule("log_sigmoid_forward", "special_erf", "floor_divide", "copy_", "fake_quantize_per_tensor_affine_cachemask")
 def pointwise(call: Call) -> None:
     """Broadcasting: axes aligned from the last become one; an axis of size 1 takes no part."""
     tensors = [t for t in call.tensors() if t.ndim > 0]
@@ -33,36 +53,11 @@ def add(call: Call) -> None:
             ax.mark_residual(axis)
 
 
-@rule(
-    "clone",
-    "detach",
-    "alias",
-    "_to_copy",
-    "contiguous",
-    "lift_fresh",
-    "zero_",
-    "fill_",
-    "zeros_like",
-    "ones_like",
-)
-@rule(
-    "empty_like",
-    "full_like",
-    "native_dropout",
-    "dropout",
-    "bernoulli",
-    "bernoulli_",
-    "resolve_conj",
-    "resolve_neg",
-)
-@rule("native_dropout", "rand_like", "randn_like", "_conj", "uniform_", "normal_")
+@rule("clone", "detach", "alias", "_to_copy", "contiguous", "lift_fresh", "zero_", "fill_", "zeros_like", "ones_like")
+@rule("empty_like", "full_like", "native_dropout", "dropout", "bernoulli", "bernoulli_", "resolve_conj", "resolve_neg")
+@rule("rand_like", "randn_like", "_conj", "uniform_", "normal_")
 def same_shape(call: Call) -> None:
     call.keep(call.axes_of(call.input), "same shape")
-
-
-@rule("copy_")
-def copy(call: Call) -> None:
-    pointwise(call)
 
 
 @rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor")
@@ -80,7 +75,7 @@ def constant(call: Call) -> None:
 
 
 @rule("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "logcumsumexp")
-@rule("flip", "roll", "sort", "topk", "kthvalue", "argsort", "cummax", "cummin")
+@rule("flip", "roll", "sort", "topk", "argsort", "cummax", "cummin")
 def along(call: Call) -> None:
     """Every entry along `dim` depends on the others or on their order: that axis is not sliced."""
     axes = call.axes_of(call.input)
@@ -90,28 +85,16 @@ def along(call: Call) -> None:
     call.keep(axes, f"{call.name} chose it")
 
 
-@rule(
-    "mean",
-    "sum",
-    "var",
-    "std",
-    "var_mean",
-    "std_mean",
-    "amax",
-    "amin",
-    "norm",
-    "linalg_vector_norm",
-    "logsumexp",
-)
-@rule("prod", "any", "all", "max", "min", "argmax", "argmin", "nansum", "count_nonzero")
+@rule("mean", "sum", "var", "std", "var_mean", "std_mean", "amax", "amin", "norm", "linalg_vector_norm", "logsumexp")
+@rule("prod", "any", "all", "max", "min", "nansum", "count_nonzero", *ORDERED)
 def reduce(call: Call) -> None:
     tensor, axes = call.input, call.axes_of(call.input)
     if call.name in ("aten::max", "aten::min") and isinstance(call["other"], Tensor):
         return pointwise(call)
     dims = call.dims(call["dim"], tensor.ndim)
-    if call.name in ("aten::argmax", "aten::argmin"):
+    if call.name.removeprefix("aten::") in ORDERED:
         for d in dims:
-            ax.pin(axes[d], f"{call.name} returns a position in it")
+            ax.pin(axes[d], f"{call.name} depends on all of it or returns a position in it")
     for out in call.outputs():
         keepdim = out.ndim == tensor.ndim
         kept = [[] if i in dims else a for i, a in enumerate(axes) if keepdim or i not in dims]

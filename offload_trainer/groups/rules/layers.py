@@ -6,7 +6,7 @@ from offload_trainer.groups import axes as ax
 from offload_trainer.groups.rules.call import Call, pin_all, rule
 
 
-@rule("mm", "bmm", "mv", "dot", "addmm", "baddbmm", "matmul", "linear")
+@rule("mm", "bmm", "mv", "dot", "vdot", "addmm", "addmv", "baddbmm", "matmul", "linear")
 def matmul(call: Call) -> None:
     """(…, m, k) @ (…, k, n): the k of both are one axis, and so are batch axes; a bias shares the output's axes."""
     factors = [call[n] for n in ("mat1", "mat2", "batch1", "batch2", "mat", "vec") if isinstance(call[n], Tensor)]
@@ -32,6 +32,19 @@ def matmul(call: Call) -> None:
             if ax.size_of(mine) == ax.size_of(theirs):
                 ax.unify(mine, theirs)
     call.assign(call.outputs()[0], result)
+
+
+@rule("linalg_solve_triangular", "linalg_inv_ex", "linalg_cholesky_ex", "_linalg_solve_ex")
+def matrices(call: Call) -> None:
+    """Each matrix of a batch by itself: batch axes line up, rows and columns stay whole."""
+    first, *others = (call.axes_of(t) for t in call.tensors())
+    for axes in (first, *others):
+        for axis in axes[-2:]:
+            ax.pin(axis, "an axis of a matrix that is solved for")
+        for mine, theirs in zip(first[:-2][::-1], axes[:-2][::-1], strict=False):
+            if ax.size_of(mine) == ax.size_of(theirs):
+                ax.unify(mine, theirs)
+    call.keep(first[:-2], "an axis of a matrix that is solved for")
 
 
 @rule("convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution", "cudnn_convolution")
@@ -90,6 +103,9 @@ def batch_norm(call: Call) -> None:
 def layer_norm(call: Call) -> None:
     axes = call.axes_of(call.input)
     count = len(call["normalized_shape"])
+    if not isinstance(call["weight"], Tensor):
+        for axis in axes[-count:]:
+            ax.pin(axis, "its size is given to a norm without weights")
     for name in ("weight", "bias"):
         if isinstance(call[name], Tensor):
             for mine, theirs in zip(axes[-count:], call.axes_of(call[name]), strict=True):
@@ -102,7 +118,7 @@ def layer_norm(call: Call) -> None:
 
 @rule("native_group_norm", "group_norm")
 def group_norm(call: Call) -> None:
-    """Statistics run over (channels of one norm group, space): a unit is a whole norm group, a channel when there is one."""
+    """A unit is a whole norm group, or a channel where there is one norm group only."""
     axes = call.axes_of(call.input)
     groups = call["group"] if call["group"] is not None else call["num_groups"]
     channels = ax.size_of(axes[1])
@@ -111,6 +127,8 @@ def group_norm(call: Call) -> None:
         return pin_all(call, "a group norm that cuts a unit")
     if groups > 1:
         ax.pin(halves[1], "inside a norm group")
+        if not isinstance(call["weight"], Tensor):
+            ax.pin(halves[0], "their number is given to a norm without weights")
     for name in ("weight", "bias"):
         if isinstance(call[name], Tensor):
             ax.unify(axes[1], call.axes_of(call[name])[0])
@@ -121,7 +139,7 @@ def group_norm(call: Call) -> None:
 
 
 def _attention(call: Call) -> None:
-    """softmax(q kᵀ) v: heads are one axis (with GQA a key/value head and its queries), features of q and k stay whole."""
+    """softmax(q kᵀ) v. Heads are one axis (GQA: a key/value head and its queries); features of q and k stay whole."""
     q, k, v = (call.axes_of(call[n]) for n in ("query", "key", "value"))
     ax.unify(k[0], q[0])
     ax.unify(v[0], q[0])
@@ -154,36 +172,14 @@ rule(
 )(_attention)
 
 
-@rule("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d")
+@rule("max_pool1d", "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d")
 @rule(
-    "_adaptive_avg_pool3d",
-    "adaptive_max_pool2d",
-    "adaptive_max_pool3d",
-    "upsample_nearest1d",
-    "upsample_nearest2d",
+    "adaptive_avg_pool1d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d"
 )
-@rule(
-    "upsample_nearest3d",
-    "upsample_bilinear2d",
-    "upsample_bicubic2d",
-    "upsample_trilinear3d",
-    "upsample_linear1d",
-)
-@rule(
-    "_upsample_nearest_exact1d",
-    "_upsample_nearest_exact2d",
-    "_upsample_bilinear2d_aa",
-    "_upsample_bicubic2d_aa",
-)
-@rule(
-    "reflection_pad1d",
-    "reflection_pad2d",
-    "reflection_pad3d",
-    "replication_pad1d",
-    "replication_pad2d",
-    "avg_pool1d",
-)
-@rule("adaptive_avg_pool1d", "max_pool1d", "grid_sampler_2d")
+@rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d")
+@rule("upsample_bicubic2d", "upsample_trilinear3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d")
+@rule("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d")
+@rule("replication_pad1d", "replication_pad2d", "replication_pad3d", "grid_sampler_2d")
 def spatial(call: Call) -> None:
     name = call.name.rstrip("_")
     count = next((int(d) for d in "123" if f"{d}d" in name), 2)

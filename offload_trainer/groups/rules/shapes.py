@@ -68,22 +68,20 @@ def _cut(call: Call, dim: int, sizes: list[int], outputs: list[Tensor]) -> None:
         ax.pin(axis, "cut inside a unit")
         pieces = [ax.fresh(n, "a piece of a pinned axis") for n in sizes]
     for out, piece in zip(outputs, pieces, strict=True):
-        call.assign(out, [*axes[:dim], piece, *axes[dim + 1:]])
+        call.assign(out, [*axes[:dim], piece, *axes[dim + 1 :]])
 
 
-@rule(
-    "split",
-    "split_with_sizes",
-    "chunk",
-    "tensor_split",
-    "unsafe_split",
-    "unsafe_split_with_sizes",
-    "unsafe_chunk",
-)
-@rule("split_copy", "split_with_sizes_copy")
+@rule("split", "split_with_sizes", "tensor_split", "unsafe_split", "unsafe_split_with_sizes", "split_copy")
+@rule("split_with_sizes_copy", "chunk", "unsafe_chunk")
 def split(call: Call) -> None:
-    dim = call["dim"] % call.input.ndim
-    _cut(call, dim, [out.shape[dim] for out in call.outputs()], call.outputs())
+    dim, pieces = call["dim"] % call.input.ndim, call.outputs()
+    sizes = [piece.shape[dim] for piece in pieces]
+    _cut(call, dim, sizes, pieces)
+    if call["split_sizes"] is None and len(set(sizes)) == 1:
+        # `chunk(2)` will cut in the middle again, so the pieces must keep equally many: they share one mask.
+        first, *others = (call.axes_of(piece)[dim] for piece in pieces)
+        for other in others:
+            ax.unify(first, other)
 
 
 @rule("slice")
@@ -109,7 +107,7 @@ def slice_(call: Call) -> None:
         piece = ax.fresh(length, "a piece of a pinned axis")
     else:
         piece = pieces[1 if start else 0]
-    call.assign(out, [*axes[:dim], piece, *axes[dim + 1:]])
+    call.assign(out, [*axes[:dim], piece, *axes[dim + 1 :]])
 
 
 @rule("select", "unbind")
@@ -131,7 +129,7 @@ def cat(call: Call) -> None:
             if i != dim:
                 ax.unify(mine, theirs)
     joined = ax.concat([axes[dim] for axes in every])
-    call.assign(call.outputs()[0], [*every[0][:dim], joined, *every[0][dim + 1:]])
+    call.assign(call.outputs()[0], [*every[0][:dim], joined, *every[0][dim + 1 :]])
 
 
 @rule("stack")
@@ -149,6 +147,25 @@ def embedding(call: Call) -> None:
     rows, features = call.axes_of(call["weight"])
     ax.pin(rows, "rows of an embedding")
     call.assign(call.outputs()[0], [*call.axes_of(call["indices"]), features])
+
+
+@rule("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(call: Call) -> None:
+    rows, features = call.axes_of(call["weight"])
+    ax.pin(rows, "rows of an embedding")
+    out, *others = call.outputs()
+    call.assign(out, [ax.fresh(out.shape[0], "bags"), features])
+    for other in others:
+        call.assign(other, [ax.fresh(n, "the bags' own") for n in other.shape])
+
+
+@rule("view_as_complex", "view_as_real")
+def complex_pairs(call: Call) -> None:
+    """The last axis of the real side is (real, imaginary)."""
+    axes, out = call.axes_of(call.input), call.outputs()[0]
+    if len(axes) > out.ndim:
+        ax.pin(axes[-1], "the parts of complex numbers")
+    call.assign(out, [*axes, ax.fresh(2, "the parts of complex numbers")][: out.ndim])
 
 
 @rule("index", "_unsafe_index")
@@ -185,19 +202,8 @@ def index_along(call: Call) -> None:
 
 
 @rule("index_put", "index_put_", "_index_put_impl_", "nonzero", "unique", "_unique2", "masked_select", "one_hot")
-@rule("bincount", "histc", "searchsorted", "bucketize", "tril", "triu", "_local_scalar_dense", "equal")
-@rule(
-    "lstm",
-    "gru",
-    "rnn_tanh",
-    "rnn_relu",
-    "mkldnn_rnn_layer",
-    "_cudnn_rnn",
-    "lstm_cell",
-    "gru_cell",
-    "im2col",
-    "unfold",
-)
+@rule("bincount", "histc", "searchsorted", "bucketize", "tril", "triu", "_local_scalar_dense", "equal", "im2col")
+@rule("unfold", "lstm", "gru", "rnn_tanh", "rnn_relu", "mkldnn_rnn_layer", "_cudnn_rnn", "lstm_cell", "gru_cell")
 def opaque(call: Call) -> None:
     pin_all(call, f"{call.name} does not keep units apart")
 
@@ -236,4 +242,4 @@ def glu(call: Call) -> None:
     if pieces is None:
         return pin_all(call, "a gate that cuts a unit")
     ax.unify(*pieces)
-    call.assign(call.outputs()[0], [*axes[:dim], pieces[0], *axes[dim + 1:]])
+    call.assign(call.outputs()[0], [*axes[:dim], pieces[0], *axes[dim + 1 :]])

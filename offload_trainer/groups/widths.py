@@ -1,0 +1,153 @@
+"""Attributes that store a width, by module type: which axis of which tensor each of them follows.
+
+An attribute scales as its axis does: when a plan keeps 4 of 8 heads, `num_heads` goes from 8 to 4. A type without a
+rule whose forward needs one is found out when the groups are (`find_groups` traces a sliced copy) and named.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from operator import attrgetter
+from typing import Any
+
+from torch import nn
+
+from offload_trainer.errors import UserError
+from offload_trainer.groups.plan import Groups, Plan
+
+Rule = tuple[str, int]
+"""(tensor name inside the module, axis)."""
+
+WIDTHS: dict[type, dict[str, Rule]] = {
+    nn.Linear: {"out_features": ("weight", 0), "in_features": ("weight", 1)},
+    nn.Embedding: {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)},
+    nn.EmbeddingBag: {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)},
+    nn.modules.batchnorm._NormBase: {"num_features": ("weight", 0)},
+    nn.GroupNorm: {"num_groups": ("weight", 0), "num_channels": ("weight", 0)},
+    nn.LayerNorm: {"normalized_shape": ("weight", -1)},
+    nn.RMSNorm: {"normalized_shape": ("weight", -1)},
+    nn.PReLU: {"num_parameters": ("weight", 0)},
+}
+"""Convolutions and single-group norms need a second look: `_layer_rules`. Models add their own types with
+`find_groups(…, widths={Attention: {"num_heads": ("qkv.weight", 0)}})`."""
+
+_HEADS: tuple[Rule, ...] = tuple((f"{name}.weight", 0) for name in ("q_proj", "query", "query_proj", "q", "q_lin"))
+_HEADS += (("dense.weight", 1), ("o_proj.weight", 1), ("out_proj.weight", 1))
+_KEYS: tuple[Rule, ...] = (("k_proj.weight", 0), ("key.weight", 0), ("o_proj.weight", 1))
+_FUSED: tuple[Rule, ...] = (("c_attn.weight", 1),)  # transformers' Conv1D keeps its weight as (in, out)
+_CHANNELS: tuple[Rule, ...] = (("out_proj.weight", 1),)
+
+TRANSFORMERS: dict[str, dict[str, tuple[Rule, ...]]] = {
+    "Conv1D": {"nf": (("weight", 1),), "nx": (("weight", 0),)},
+    "*Attention": {
+        **dict.fromkeys(("num_heads", "num_attention_heads", "n_heads", "embed_dim"), _HEADS),
+        **dict.fromkeys(("all_head_size", "inner_dim"), _HEADS),
+        "num_key_value_heads": _KEYS,
+    },
+    "GPT2Attention": dict.fromkeys(("num_heads", "split_size", "embed_dim"), _FUSED),
+    "Attention": dict.fromkeys(("n_head", "split_size"), _FUSED),  # the first GPT
+    "Phi3Attention": {"config.num_attention_heads": _HEADS},
+    "*Router": {"hidden_dim": (("weight", 1),)},
+    "*MoeBlock": {"hidden_dim": (("gate.weight", 1),)},
+    "*MoE": {"input_size": (("router.layer.weight", 1), ("router.weight", 1))},
+    "*Moe": {"hidden_dim": (("router.weight", 1),)},
+    "*MambaMixer": {
+        "intermediate_size": _CHANNELS,
+        "time_step_rank": (("dt_proj.weight", 1),),
+        "ssm_state_size": (("A_log", 1),),
+    },
+}
+"""Class names in transformers → attributes, each with the tensors it may follow: the first that the module has."""
+
+
+def fit_widths(module: nn.Module, plan: Plan, groups: Groups) -> None:
+    """Rescale, in place, every attribute that stores a width of an axis the plan slices.
+
+    Raises `UserError` for a rule that names what a module does not have, or a width that comes out fractional.
+    """
+    canonical = _canonical_names(module)
+    for path, child in module.named_modules():
+        for attribute, (tensor, axis) in _rules_for(child, groups):
+            full = canonical.get(f"{path}.{tensor}" if path else tensor)
+            if full is None:
+                continue  # an affine-free norm
+            before, after = groups.shapes[full][axis], plan.shape(full)[axis]
+            if before != after:
+                where = f"{path}.{attribute}".lstrip(".")
+                _set(child, attribute, _scaled(attrgetter(attribute)(child), before, after, where))
+
+
+def _canonical_names(module: nn.Module) -> dict[str, str]:
+    """Every name of every tensor → the one its groups know it by: that of the first tied to it."""
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+    both = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    for name, tensor in both:
+        names[name] = first.setdefault(id(tensor), name)
+    return names
+
+
+def _rules_for(module: nn.Module, groups: Groups) -> Iterator[tuple[str, Rule]]:
+    """The user's rules for the module's type, then those of the nearest known base for what they leave open."""
+    kinds = type(module).__mro__
+    given = {a: rule for kind in reversed(kinds) for a, rule in groups.widths.get(kind, {}).items()}
+    for attribute, (tensor, axis) in given.items():
+        for name in (attribute, tensor):
+            if not _has(module, name):
+                raise UserError(f"widths: {type(module).__name__} has no {name!r}, which the rule {attribute!r} names")
+        yield attribute, (tensor, axis)
+    for attribute, rule in (_layer_rules(module) or dict(_transformers_rules(module))).items():
+        if attribute not in given:
+            yield attribute, rule
+
+
+def _layer_rules(module: nn.Module) -> Mapping[str, Rule]:
+    if isinstance(module, nn.modules.conv._ConvNd):
+        into, out = (0, 1) if module.transposed else (1, 0)
+        if module.groups == 1:
+            return {"in_channels": ("weight", into), "out_channels": ("weight", out)}
+        # Whole convolution groups are units: everything scales with their number, which axis 0 holds.
+        return dict.fromkeys(("in_channels", "out_channels", "groups"), ("weight", 0))
+    if isinstance(module, nn.GroupNorm) and module.num_groups == 1:
+        return {"num_channels": ("weight", 0)}  # one group of however many channels
+    return next((WIDTHS[kind] for kind in type(module).__mro__ if kind in WIDTHS), {})
+
+
+def _transformers_rules(module: nn.Module) -> Iterator[tuple[str, Rule]]:
+    kind = type(module)
+    if not kind.__module__.startswith("transformers."):
+        return
+    for pattern, attributes in TRANSFORMERS.items():
+        if fnmatchcase(kind.__name__, pattern):
+            for attribute, rules in attributes.items():
+                if _has(module, attribute) and type(attrgetter(attribute)(module)) is int:
+                    yield from [(attribute, rule) for rule in rules if _has(module, rule[0])][:1]
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    try:
+        attrgetter(name)(module)
+    except AttributeError:
+        return False
+    return True
+
+
+def _set(module: nn.Module, attribute: str, value: Any) -> None:
+    owner, _, name = attribute.rpartition(".")
+    if owner:  # an object that other modules share, as transformers' config: this module gets a copy of its own
+        private = copy.copy(getattr(module, owner))
+        setattr(private, name, value)
+        value, name = private, owner
+    setattr(module, name, value)
+
+
+def _scaled(value: Any, before: int, after: int, where: str) -> Any:
+    """`value` × after / before; the last entry of a tuple (`normalized_shape`)."""
+    if isinstance(value, tuple | list):
+        return (*value[:-1], _scaled(value[-1], before, after, where))
+    scaled, rest = divmod(value * after, before)
+    if rest:
+        raise UserError(
+            f"{where} ({value}) does not scale to a whole number when its axis goes from {before} to {after}"
+        )
+    return scaled
