@@ -73,7 +73,7 @@ class Monitor:
             kept = list(_records(path, self.first_step)) if self.first_step else []
             _replace(path, "".join(map(_line, kept)))
             for record in kept:
-                self._remember(record)
+                self.remember(record)
             self.file = path.open("a", encoding="utf-8")
         if self.live:
             self.live.start()
@@ -99,7 +99,7 @@ class Monitor:
         if self.accelerator.trackers:
             numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
             self.accelerator.log(numbers, step=record["step"])
-        self._remember(record)
+        self.remember(record)
         if not self.live:
             words = [name + value for (_, name), value in self._facts(record)]
             self.message("  ".join([f"step {record['step']}/{self.steps}", *words, f"left {self._left()}"]))
@@ -174,7 +174,7 @@ class Monitor:
             if key in record:
                 yield names, _worded(key, record[key])
 
-    def _remember(self, record: Record) -> None:
+    def remember(self, record: Record) -> None:
         self.latest |= record
         if record.get("loss") is not None:
             self.losses[min(WIDTH - 1, WIDTH * record["step"] // self.steps)] = record["loss"]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from offload_trainer.device import memory, ranks
@@ -58,6 +59,11 @@ class Offloader:
         if compile and not structure.constant_widths:
             raise UserError("memory.compile needs plans of constant widths: structure.sampler fixed, budget per_group")
         self.accelerator = accelerator or Accelerator()
+        kind = self.accelerator.distributed_type
+        if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+            raise UserError(
+                f"accelerate was configured for {kind.value}; one process or several without it are supported"
+            )
         self.device = self.accelerator.device
         self.groups, self.structure, self.loss_fn = groups, structure, loss_fn
         self.sync_every, self.clip_norm = sync_every, clip_norm

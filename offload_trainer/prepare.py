@@ -39,7 +39,8 @@ def prepare(config: Config) -> Prepared:
     """Raises `UserError` for whatever the user can mend. Nothing full-size is allocated but what verifying takes."""
     accelerator = make_accelerator(config)
     out = Path(config.out)
-    require_writable(out)
+    if not config.dry_run:
+        require_writable(out)
     set_seed(config.seed)
     task = tasks.build_task(config.task, config.seed)
     # Raises if the batch does not divide by the number of processes.
@@ -55,7 +56,7 @@ def prepare(config: Config) -> Prepared:
     layout = StateLayout({}, {}, None)
     if config.optimizer.state == "carry":
         layout = probe_optimizer(optimizer, next(task.model.parameters()).dtype, accelerator.device)
-    checkpoint = checkpoint_to_resume(config, out, task.model, layout)
+    checkpoint = checkpoint_to_resume(config, out, task.model, layout, structure)
     if config.structure.verify and structure.names:
         verify_groups(task.model, groups, task.example_inputs)
     ledger = predict(
@@ -126,7 +127,10 @@ def optimizer_factory(section: OptimizerConfig) -> OptimizerFactory:
     return make
 
 
-def checkpoint_to_resume(config: Config, out: Path, model: nn.Module, layout: StateLayout) -> Checkpoint | None:
+def checkpoint_to_resume(
+    config: Config, out: Path, model: nn.Module, layout: StateLayout, structure: Structure
+) -> Checkpoint | None:
+    """The checkpoint that `resume` names, checked against this run from its headers alone."""
     if config.resume is None:
         return None
     if config.resume == "auto":
@@ -137,14 +141,15 @@ def checkpoint_to_resume(config: Config, out: Path, model: nn.Module, layout: St
     else:
         checkpoint = find_checkpoint(Path(config.resume))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    snapshot.check(checkpoint, named_tensors(model), layout.moments, trained)
+    snapshot.check(checkpoint, named_tensors(model), layout.moments, trained, structure)
     if checkpoint.meta["step"] > config.steps:
         raise UserError(
             f"steps ({config.steps}) must be at least {checkpoint.meta['step']}, where {checkpoint.path} stands"
         )
-    if checkpoint.meta["sync_every"] != config.sync_every:
-        there = checkpoint.meta["sync_every"]
-        raise UserError(f"sync_every ({config.sync_every}) must be {there}, as in the checkpoint {checkpoint.path}")
+    for key, here in (("sync_every", config.sync_every), ("seed", config.seed)):
+        there = checkpoint.meta[key]
+        if there != here:
+            raise UserError(f"{key} ({here}) must be {there}, as in the checkpoint {checkpoint.path}")
     return checkpoint
 
 

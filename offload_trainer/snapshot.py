@@ -9,6 +9,7 @@ from torch import Tensor
 from offload_trainer.device import memory
 from offload_trainer.master.checkpoint import Checkpoint, CheckpointStore
 from offload_trainer.offloader import Offloader
+from offload_trainer.structure import Structure
 
 
 def save(offloader: Offloader, store: CheckpointStore, extra: Mapping[str, Any] | None = None) -> Path:
@@ -23,11 +24,21 @@ def save(offloader: Offloader, store: CheckpointStore, extra: Mapping[str, Any] 
     return store.save(offloader.steps, parts, {"offloader": state, **(extra or {})})
 
 
-def check(checkpoint: Checkpoint, shapes: Mapping[str, Any], moments: Mapping[str, Any], trained: set[str]) -> None:
-    """Raise `UserError` unless the checkpoint is of a model of these shapes; reads headers only."""
+def check(
+    checkpoint: Checkpoint,
+    shapes: Mapping[str, Any],
+    moments: Mapping[str, Any],
+    trained: set[str],
+    structure: Structure,
+) -> None:
+    """Raise `UserError` unless the checkpoint is of such a run; reads headers only.
+
+    shapes: name → anything with a shape, the model's parameters and buffers. moments: the optimizer's names.
+    """
     checkpoint.check("weights", shapes)
     for name in moments:
         checkpoint.check(f"moments.{name}", {n: shape for n, shape in shapes.items() if n in trained})
+    checkpoint.check("structure", structure.state_dict())
 
 
 def restore(offloader: Offloader, checkpoint: Checkpoint) -> None:

@@ -13,8 +13,8 @@ from offload_trainer import Offloader, Structure
 from offload_trainer.groups import slice_module
 
 KEEP = 0.5  # of every group, so a quarter of the weights
-SYNC_EVERY = {"quick": (50,), "cpu": (50, 10, 200), "cuda": (50, 10, 200)}
-TIMED_STEPS = 300  # of each contender: fewer rounds of more steps
+ROUNDS = {50: 7, 10: 11, 200: 3}  # K → timed rounds of each contender
+QUICK_ROUNDS = {50: 2}
 AIM = {50: 0.85}
 
 
@@ -27,8 +27,8 @@ def workloads(size: str) -> list[Workload]:
             ]
         case "cpu":
             return [
-                llama(hidden=512, intermediate=2048, heads=8, layers=8, batch=4, sequence=128),
-                vision("resnet32", width=2, batch=64),
+                llama(hidden=512, intermediate=2048, heads=8, layers=4, batch=4, sequence=128),
+                vision("resnet32", width=2, batch=32),
             ]
         case _:
             return [
@@ -39,8 +39,7 @@ def workloads(size: str) -> list[Workload]:
 
 def measure(setting: Setting) -> Iterator[Record]:
     for workload in workloads(setting.size):
-        for sync_every in SYNC_EVERY[setting.size]:
-            repeats = 2 if setting.quick else min(11, max(3, TIMED_STEPS // sync_every))
+        for sync_every, repeats in (QUICK_ROUNDS if setting.quick else ROUNDS).items():
             yield compare(setting, workload, sync_every, repeats)
 
 
