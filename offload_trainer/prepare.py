@@ -12,6 +12,7 @@ from torch import nn
 
 from offload_trainer import snapshot, tasks
 from offload_trainer.config import Config, OptimizerConfig
+from offload_trainer.device.processes import require_devices
 from offload_trainer.errors import UserError
 from offload_trainer.groups import Groups, Plan, find_groups, read_rules, verify_groups
 from offload_trainer.groups.slicing import named_tensors
@@ -73,9 +74,7 @@ def prepare(config: Config) -> Prepared:
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    asked, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if there and asked > there:
-        raise UserError(f"{asked} processes were started on this machine, which has {there} GPUs; each needs its own")
+    require_devices()
     precision = "bf16" if config.memory.autocast == "bf16" else "no"
     try:
         return Accelerator(

@@ -94,11 +94,11 @@ def train(config: Config) -> None:
         offloader.finish_round()
         meter.stop()
         save_checkpoint(offloader, store, config)
-        monitor.summary(conclude(config, run, offloader, meter))
+        monitor.summary(conclude(config, run, offloader, meter, monitor))
     accelerator.end_training()
 
 
-def conclude(config: Config, run: Prepared, offloader: Offloader, meter: Meter) -> dict[str, Any]:
+def conclude(config: Config, run: Prepared, offloader: Offloader, meter: Meter, monitor: Monitor) -> dict[str, Any]:
     """Choose the result, evaluate it and the full master, export it; returns the content of summary.json."""
     accelerator, task, out = run.accelerator, run.task, Path(config.out)
     calibration = [local(run, config.steps + i) for i in range(config.structure.result_batches)]
@@ -112,8 +112,9 @@ def conclude(config: Config, run: Prepared, offloader: Offloader, meter: Meter) 
         full = evaluate_full(offloader.model, task.val, task.metrics_fn, task.count, accelerator)
     if accelerator.is_main_process:
         save_export(small, plan, out / "export")
-        if task.save_export is not None:
-            task.save_export(small, out / "export")
+        note = task.save_export(small, out / "export") if task.save_export is not None else None
+        if note:
+            monitor.message(note)
     accelerator.wait_for_everyone()
     return {
         "steps": offloader.steps,

@@ -58,7 +58,7 @@ def config(folder: Path, **changes: Any) -> Path:
             section = section.setdefault(key, {})
         section[last] = value
     file = folder / "tiny.yaml"
-    file.write_text(yaml.safe_dump(tree))
+    file.write_text(yaml.safe_dump(tree, sort_keys=False))
     return file
 
 

@@ -9,7 +9,7 @@ import torch
 
 from offload_trainer import offloader as offloader_module
 from offload_trainer.run import main
-from tests.runs import config, metrics
+from tests.runs import config, launch, metrics
 
 
 def custom(function: str, **arguments: object) -> dict[str, object]:
@@ -100,7 +100,15 @@ def test_more_processes_than_gpus(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     line = one_line(capsys, main(["--config", str(config(tmp_path))]))
-    assert "3 processes were started on this machine, which has 2 GPUs" in line
+    assert "3 GPUs were asked for, one per process, and this machine has 2" in line
+
+
+@pytest.mark.parametrize("asked", [["--num_processes", "2"], ["--gpu_ids", "0,1"]], ids=["processes", "ids"])
+def test_gpus_asked_of_accelerate_that_are_not_there(tmp_path: Path, asked: list[str]) -> None:
+    program = ["offload_trainer/run.py", "--config", str(config(tmp_path))]
+    done = launch("accelerate", "launch", *asked, *program)
+    assert done.returncode != 0
+    assert "error: 2 GPUs were asked for, one per process, and this machine has 0" in done.stderr
 
 
 def test_resuming_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from offload_trainer import Structure
 from offload_trainer.device.subnet import Subnet
 from offload_trainer.device.transfer import Transfer
 from offload_trainer.groups import Plan, random_plan, slice_module
@@ -149,7 +150,7 @@ def test_transferred_values_are_the_masters(keep: float) -> None:
 def test_resident_network_has_the_shapes_of_every_subnet() -> None:
     workload = workloads()[0]
     groups = workload.groups(workload.build())
-    structure = overhead.Structure(groups, overhead.KEEP)
+    structure = Structure(groups, overhead.KEEP)
     top = Plan(groups, structure.top())
     for kept in structure.pair():
         plan = Plan(groups, kept)

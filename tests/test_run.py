@@ -126,6 +126,35 @@ def test_dry_run_prints_groups_and_ledger_and_writes_nothing(tmp_path: Path) -> 
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
+def test_groups_by_hand_are_the_traced_ones(tmp_path: Path) -> None:
+    """A run with the traced groups written out as rules in the config is the same run."""
+    file = config(tmp_path)
+    task = build_task(parse(["--config", str(file)]).task, 0)
+    groups = find_groups(task.model, task.example_inputs)
+    rules = {group.name: [str(slot) for slot in group.slots] for group in groups}
+    assert main(["--config", str(file), "--out", str(tmp_path / "traced")]) == 0
+    assert main(["--config", str(config(tmp_path, **{"structure.rules": rules})), "--out", str(tmp_path / "hand")]) == 0
+    one, two = metrics(tmp_path / "traced"), metrics(tmp_path / "hand")
+    assert [record["loss"] for record in one] == [record["loss"] for record in two]
+
+
+def test_widths_without_a_config_are_said_and_still_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = config(tmp_path, **{"structure.sampler": "bernoulli", "structure.budget": "global", "seed": 1})
+    assert main(["--config", str(file)]) == 0
+    export = tmp_path / "out" / "export"
+    assert "has no config.json" in capsys.readouterr().out
+    assert not (export / "config.json").exists()
+    task = build_task(parse(["--config", str(file)]).task, 0)
+    groups = find_groups(task.model, task.example_inputs)
+    torch.manual_seed(0)
+    whole = AutoModelForCausalLM.from_config(task.model.config)  # real: rotary frequencies are not saved
+    module = load_export(export, whole, groups)
+    with torch.no_grad():
+        losses = [task.metrics_fn(module, batch)["loss"] for batch in task.val]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert float(torch.stack(losses).mean()) == pytest.approx(summary["exported"]["loss"], rel=1e-5)
+
+
 def images(folder: Path, size: int) -> Path:
     """A tiny imagefolder of noise: two classes, six training and two test images each."""
     random = np.random.default_rng(0)

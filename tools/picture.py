@@ -1,4 +1,4 @@
-"""Draw the display of a finished run, from what the run left, as an SVG: `python tools/picture.py runs/quickstart out.svg`."""
+"""Draw the display of a finished run, from what it left: `python tools/picture.py runs/quickstart out.svg [STEP]`."""
 
 import io
 import json

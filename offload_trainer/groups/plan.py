@@ -117,7 +117,10 @@ class Plan(Mapping[str, Tensor]):
         for name, indices in kept.items():
             if name not in known:
                 raise UserError(f"the plan names group {name!r}, which the model does not have")
-            indices = torch.as_tensor(indices, dtype=torch.int64, device="cpu").clone()
+            indices = torch.as_tensor(indices)
+            if indices.is_floating_point() or indices.dtype == torch.bool:
+                raise UserError(f"the plan's indices of group {name!r} must be whole numbers, not {indices.dtype}")
+            indices = indices.to("cpu", torch.int64, copy=True)
             units = known[name].units
             if indices.ndim != 1 or len(indices) == 0:
                 raise UserError(f"the plan keeps no unit of group {name!r}; at least one must stay")
@@ -156,7 +159,8 @@ class Plan(Mapping[str, Tensor]):
         """SHA-256 of the kept indices: equal on two ranks exactly when their plans are."""
         sha = hashlib.sha256()
         for name in self:
-            sha.update(name.encode() + b"\0" + self[name].numpy().tobytes())
+            kept = self[name].numpy().tobytes()
+            sha.update(f"{name}\0{len(kept)}\0".encode() + kept)
         return sha.hexdigest()
 
     def index(self, tensor: str, axis: int) -> Tensor | None:

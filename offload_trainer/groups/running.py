@@ -1,11 +1,12 @@
 """Run a model on example inputs, knowing which module is at work when something goes wrong."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from offload_trainer.errors import UserError
 
@@ -62,13 +63,23 @@ def run_watched(model: nn.Module, inputs: Inputs, failure: str) -> Any:
             raise UserError(f"{failure}: {watch.where} raised {type(error).__name__}: {lines[0]}{hint}") from error
 
 
+def map_inputs(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
+    """The same inputs, every tensor replaced."""
+    plain = dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs)  # a tokenizer's encoding is a Mapping
+    return tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, plain)
+
+
 def tensors_of(outputs: Any) -> list[Tensor]:
-    """Every tensor in what a model returned: containers, a transformers ModelOutput, or an object's attributes."""
-    if not isinstance(outputs, Tensor | tuple | list | dict | Mapping) and hasattr(outputs, "__dict__"):
+    """Every tensor in what a model returned: in containers, mappings, dataclasses, or the attributes of one object."""
+    if not isinstance(outputs, Tensor | tuple | list | Mapping) and hasattr(outputs, "__dict__"):
         outputs = vars(outputs)
-    if isinstance(outputs, Mapping):
-        outputs = dict(outputs)
-    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    found: list[Tensor] = []
+    for leaf in tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif isinstance(leaf, Mapping) or is_dataclass(leaf):
+            found += tensors_of(leaf)
+    return found
 
 
 def _widths_in(module: nn.Module) -> str:
@@ -78,9 +89,5 @@ def _widths_in(module: nn.Module) -> str:
 
 
 def is_floating(tensor: Tensor) -> bool:
-    return tensor.dtype.is_floating_point and tensor.dtype in (
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-        torch.float64,
-    )
+    """Whether it holds plain floating-point numbers (the eight-bit kinds have no arithmetic)."""
+    return tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from offload_trainer.errors import UserError
@@ -18,7 +18,7 @@ from offload_trainer.groups.axes import Axis, Symbol
 from offload_trainer.groups.naming import name_groups
 from offload_trainer.groups.plan import Groups, Plan, Slot, Widths
 from offload_trainer.groups.rules import Call, pin_all, rule_of
-from offload_trainer.groups.running import Inputs, Watch, run_model, run_watched, tensors_of
+from offload_trainer.groups.running import Inputs, Watch, map_inputs, run_model, run_watched, tensors_of
 from offload_trainer.groups.slicing import named_tensors, rebuild, with_tensors
 
 WHOLE_MODULES = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
@@ -41,7 +41,7 @@ def find_groups(
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     skeleton = with_tensors(model, {n: _fake(t.shape, t.dtype, mode) for n, t in named_tensors(model).items()})
-    inputs = tree_map(lambda x: _fake(x.shape, x.dtype, mode) if isinstance(x, Tensor) else x, example_inputs)
+    inputs = map_inputs(lambda x: _fake(x.shape, x.dtype, mode), example_inputs)
     trace = _traced(skeleton, inputs, mode, pin_unknown, "the model cannot be traced")
     found = trace.sliceable()
     if not found:
@@ -78,7 +78,7 @@ def _traced(
             if must_train or isinstance(error, UserError):
                 raise UserError(f"{failure}, in training: {str(error).splitlines()[0]}") from error
     trace.pin(outputs, "an output of the model")
-    trace.pin(trace.unused(), "unused in the forward pass")
+    trace.find_live(outputs)
     return trace
 
 
@@ -149,7 +149,8 @@ class _Trace(TorchDispatchMode):
         self._watch = Watch(skeleton)
         self._tensors = named_tensors(skeleton)
         self._parameters = {name for name, _ in skeleton.named_parameters()}
-        self._used: set[int] = set()
+        self._steps: list[tuple[list[Tensor], list[Tensor]]] = []  # what every op read and wrote
+        self._live: set[str] = set()
         self._declared = {name: [ax.fresh(n) for n in t.shape] for name, t in self._tensors.items()}
         for name, tensor in self._tensors.items():
             self._axes[tensor] = self._declared[name]
@@ -171,7 +172,7 @@ class _Trace(TorchDispatchMode):
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
             return out
         call = Call(func, args, kwargs, out, self._axes.__getitem__, self._axes.__setitem__)
-        self._used.update(map(id, call.tensors()))
+        self._steps.append((call.tensors(), call.outputs()))
         if isinstance(self._watch.module, nn.RMSNorm) and self._watch.module.weight is None:
             self.pin(call.tensors(), "its size is given to a norm without weights")
         if not self._axes.follow(call) and not self._pin_unknown:
@@ -187,8 +188,14 @@ class _Trace(TorchDispatchMode):
             for axis in self._axes[tensor]:
                 ax.pin(axis, reason)
 
-    def unused(self) -> list[Tensor]:
-        return [tensor for tensor in self._tensors.values() if id(tensor) not in self._used]
+    def find_live(self, outputs: list[Tensor]) -> None:
+        """Find the parameters that the outputs depend on: backwards through the ops, by storage (writes in place)."""
+        live = {_storage(tensor) for tensor in outputs}
+        for read, written in reversed(self._steps):
+            if not live.isdisjoint(map(_storage, written)):
+                live.update(map(_storage, read))
+        self._live = {name for name in self._parameters if _storage(self._tensors[name]) in live}
+        self._steps.clear()
 
     def slots(self) -> list[tuple[Symbol, Slot]]:
         """Every run of a leaf on a parameter or buffer, in the model's order."""
@@ -200,13 +207,17 @@ class _Trace(TorchDispatchMode):
         ]
 
     def sliceable(self) -> dict[Symbol, list[Slot]]:
-        """Every leaf that may be sliced → its slots, of which at least one is a parameter's."""
+        """Every leaf that may be sliced → its slots, of which at least one is on a parameter that the outputs need."""
         ax.pin_inner([axis for axes in self._declared.values() for axis in axes])
         found: dict[Symbol, list[Slot]] = {}
         for leaf, slot in self.slots():
             if not leaf.pinned and leaf.size > 1:
                 found.setdefault(leaf, []).append(slot)
-        return {leaf: slots for leaf, slots in found.items() if any(slot.tensor in self._parameters for slot in slots)}
+        return {leaf: slots for leaf, slots in found.items() if any(slot.tensor in self._live for slot in slots)}
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _fake(shape: torch.Size, dtype: torch.dtype, mode: FakeTensorMode) -> Tensor:

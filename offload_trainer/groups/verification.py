@@ -4,21 +4,19 @@ The gated model (`groups.gating`) is never sliced, so the two agree only if grou
 """
 
 from collections import defaultdict
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from offload_trainer.errors import UserError
 from offload_trainer.groups.gating import Gate
-from offload_trainer.groups.plan import Groups, Plan
-from offload_trainer.groups.running import Inputs, is_floating, run_model, run_watched, tensors_of
+from offload_trainer.groups.plan import Group, Groups, Plan
+from offload_trainer.groups.running import Inputs, is_floating, map_inputs, run_model, run_watched, tensors_of
 from offload_trainer.groups.slicing import named_tensors, slice_module, with_tensors
 from offload_trainer.groups.tracing import plain_attention
-
-_BROKEN = "a sliced subnetwork of this model does not run"
 
 
 def verify_groups(
@@ -38,12 +36,27 @@ def verify_groups(
     Returns the largest relative difference seen.
     """
     generator = torch.Generator().manual_seed(seed)
-    full = with_tensors(model, _random_tensors(model, groups, generator)).eval()
-    inputs = tree_map(lambda x: _on_cpu(x) if isinstance(x, Tensor) else x, example_inputs)
+    tensors = named_tensors(model)
+    full = with_tensors(model, {name: _float_copy(tensor) for name, tensor in tensors.items()}).eval()
+    # Random wherever it matters: parameters, buffers that are sliced, and what has no values yet.
+    drawn = {n for n, t in tensors.items() if isinstance(t, nn.Parameter) or t.is_meta or n in groups.by_tensor}
+    drawn = {name for name in drawn if is_floating(tensors[name])}
+    inputs = map_inputs(_float_copy, example_inputs)
+    unseen = {group.name: group for group in groups}
+    worst = 0.0
     with plain_attention():
-        _require_reach(full, groups, inputs, tolerance, generator)
-        uneven = (random_plan(groups, generator, spread=0.3) for _ in range(plans))
-        return max(_verify(full, plan, groups, inputs, tolerance) for plan in uneven)
+        for _ in range(plans):
+            _randomise(full, drawn, generator)
+            for name in _reached(full, unseen, groups, inputs, tolerance, generator):
+                del unseen[name]
+            plan = random_plan(groups, generator, spread=0.3)
+            worst = max(worst, _verify(full, plan, groups, inputs, tolerance))
+    for name, group in unseen.items():
+        raise UserError(
+            f"the model's outputs do not depend on group {name!r} (first slot {group.slots[0]}) with random weights "
+            "and these inputs, so nothing shows that it is sliced rightly"
+        )
+    return worst
 
 
 def random_plan(groups: Groups, generator: torch.Generator, keep: float = 0.5, *, spread: float = 0.0) -> Plan:
@@ -56,10 +69,15 @@ def random_plan(groups: Groups, generator: torch.Generator, keep: float = 0.5, *
     return Plan(groups, kept)
 
 
-def _require_reach(
-    full: nn.Module, groups: Groups, inputs: Inputs, tolerance: float, generator: torch.Generator
-) -> None:
-    """Raise unless the outputs depend on every group, to first order or when half of it is gated."""
+def _reached(
+    full: nn.Module,
+    unseen: Mapping[str, Group],
+    groups: Groups,
+    inputs: Inputs,
+    tolerance: float,
+    generator: torch.Generator,
+) -> list[str]:
+    """Those of the unseen groups that the outputs depend on: to first order, or when half of their units are gated."""
     names = {id(tensor): name for name, tensor in named_tensors(full).items()}
     reach: dict[str, float] = defaultdict(float)
 
@@ -72,73 +90,68 @@ def _require_reach(
                 part = effect.narrow(axis, slot.offset, group.units * slot.block)
                 reach[group.name] = max(reach[group.name], part.norm().item())
 
-    for parameter in full.parameters():
-        parameter.requires_grad_(is_floating(parameter))
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(note)
-    outputs = tensors_of(run_watched(full, inputs, "the model does not run on random weights"))
-    outputs = [output for output in outputs if is_floating(output) and output.numel()]
-    finite = [output.masked_fill(~output.isfinite(), 0) for output in outputs]
+    floating = [parameter for parameter in full.parameters() if is_floating(parameter)]
+    handles = [parameter.requires_grad_().register_post_accumulate_grad_hook(note) for parameter in floating]
+    outputs = _floats(run_watched(full, inputs, "the model does not run on random weights"))
+    finite = [output.masked_fill(~output.isfinite(), 0) for output in outputs]  # masked logits are infinite
     scale = max((output.detach().abs().max().item() for output in finite), default=0.0)
     if scale == 0 or any(output.isnan().any() for output in outputs):
         raise UserError("the model's outputs are zero or not a number on random weights, so nothing can be verified")
     with suppress(RuntimeError):  # outputs without a gradient: gating has to tell
         sum((torch.randn(output.shape, generator=generator) * output).sum() for output in finite).backward()
+    for handle in handles:
+        handle.remove()
     full.requires_grad_(False)
-    for group in groups:
-        if reach[group.name] > tolerance * scale:
-            continue
-        with Gate(full, Plan(groups, {group.name: torch.arange((group.units + 1) // 2)}), groups), torch.no_grad():
-            gated = [output for output in tensors_of(run_model(full, inputs)) if is_floating(output) and output.numel()]
-        if all(_difference(mine, theirs) <= tolerance for mine, theirs in zip(gated, outputs, strict=True)):
-            raise UserError(
-                f"the model's outputs do not depend on group {group.name!r} (first slot {group.slots[0]}) with random "
-                "weights and these inputs, so nothing shows that it is sliced rightly"
-            )
+    reached = [name for name in unseen if reach[name] > tolerance * scale]
+    for name in unseen.keys() - reached:
+        half = Plan(groups, {name: torch.arange((groups[name].units + 1) // 2)})
+        with torch.no_grad(), Gate(full, half, groups):
+            gated = _floats(run_model(full, inputs))
+        if any(_difference(mine, theirs) > tolerance for mine, theirs in zip(gated, outputs, strict=True)):
+            reached.append(name)
+    return reached
+
+
+def _floats(outputs: Any) -> list[Tensor]:
+    return [output for output in tensors_of(outputs) if is_floating(output) and output.numel()]
 
 
 @torch.no_grad()
 def _verify(full: nn.Module, plan: Plan, groups: Groups, inputs: Inputs, tolerance: float) -> float:
-    sliced = slice_module(full, plan, groups)
-    by_module: dict[str, list[list[Tensor]]] = defaultdict(list)
-    handles = _hook(sliced, lambda path, output: by_module[path].append(tensors_of(output)))
-    result = tensors_of(run_watched(sliced, inputs, _BROKEN))
-    gate = Gate(full, plan, groups)
-    differing: list[str] = []
-
-    def compare(path: str, output: Any) -> None:
-        """Note the first module whose gated output, or what is kept of it, is not the sliced one's."""
-        mine, theirs = by_module[path].pop(0) if by_module[path] else [], tensors_of(output)
-        if not differing and len(mine) == len(theirs):
-            differing.extend(
-                path
-                for one, other in zip(mine, theirs, strict=True)
-                if not _difference(one, gate.kept_part(other)) <= tolerance
-            )
-
-    handles += _hook(full, compare)
-    with gate:
-        expected = tensors_of(run_model(full, inputs))
-    for handle in handles:
-        handle.remove()
+    mine = _record(slice_module(full, plan, groups), inputs)
+    with Gate(full, plan, groups) as gate:
+        theirs = _record(full, inputs)
+    result, expected = mine[-1][1], theirs[-1][1]
     if len(result) != len(expected):
         raise UserError(f"a sliced subnetwork returns {len(result)} tensors, the full model {len(expected)}")
-    worst = max(_difference(mine, theirs) for mine, theirs in zip(result, expected, strict=True))
+    worst = max(_difference(one, other) for one, other in zip(result, expected, strict=True))
     if not worst <= tolerance:
-        where = f"first seen in {differing[0] or 'the output'}" if differing else "seen in the output alone"
+        where = next(
+            path
+            for (path, ours), (_, others) in zip(mine, theirs, strict=False)
+            for one, other in zip(ours, others, strict=False)
+            if not _difference(one, gate.kept_part(other)) <= tolerance
+        )
         raise UserError(
-            f"sliced and gated outputs differ by {worst:.1e} of the largest value, {where}: "
-            "a slot or a width rule of this model is wrong or missing"
+            f"sliced and gated outputs differ by {worst:.1e} of the largest value, first seen in "
+            f"{where or 'the output alone'}: a slot or a width rule of this model is wrong or missing"
         )
     return worst
 
 
-def _hook(model: nn.Module, seen: Any) -> list[Any]:
-    """Call `seen(path, output)` after the forward of every module."""
-    return [
-        module.register_forward_hook(lambda _, __, output, path=path: seen(path, output))
+def _record(model: nn.Module, inputs: Inputs) -> list[tuple[str, list[Tensor]]]:
+    """The outputs of every call of a module, by path, in order; the model's own last, as path ""."""
+    seen: list[tuple[str, list[Tensor]]] = []
+    handles = [
+        module.register_forward_hook(lambda _, __, output, path=path: seen.append((path, tensors_of(output))))
         for path, module in model.named_modules()
     ]
+    try:
+        run_watched(model, inputs, "a sliced subnetwork of this model does not run")
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 def _difference(mine: Tensor, theirs: Tensor) -> float:
@@ -154,23 +167,24 @@ def _difference(mine: Tensor, theirs: Tensor) -> float:
     return gap.max().item() / max(scale, 1e-12)
 
 
-def _on_cpu(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().cpu()
+def _float_copy(tensor: Tensor) -> Tensor:
+    """On the CPU, floating-point values as float32; zeros for what lies on the meta device."""
+    tensor = torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.detach().cpu().clone()
     return tensor.float() if is_floating(tensor) else tensor
 
 
-def _random_tensors(model: nn.Module, groups: Groups, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random where it matters: parameters, buffers that are sliced, and what has no values yet (the meta device)."""
+def _randomise(model: nn.Module, names: Collection[str], generator: torch.Generator) -> None:
+    """Weights as He et al. (2015) initialise them and small biases: the end of a deep network hears its beginning."""
     convolutions = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
-    tensors: dict[str, Tensor] = {}
     for name, tensor in named_tensors(model).items():
-        shape = tensor.shape
-        kept = not isinstance(tensor, nn.Parameter) and name not in groups.by_tensor and not tensor.is_meta
-        if kept or not is_floating(tensor):
-            tensors[name] = torch.zeros(shape, dtype=tensor.dtype) if tensor.is_meta else _on_cpu(tensor).clone()
-        elif tensor.ndim > 1:
-            fan_in = tensor[0].numel() if id(tensor) in convolutions else max(shape[1:])
-            tensors[name] = torch.randn(shape, generator=generator) / max(1, fan_in) ** 0.5
-        else:  # scales, biases, means and variances alike
-            tensors[name] = torch.rand(shape, generator=generator) + 0.5
-    return tensors
+        if name not in names:
+            continue
+        value = tensor.data.normal_(generator=generator)
+        if tensor.ndim > 1:
+            fan_in = tensor[0].numel() if id(tensor) in convolutions else max(tensor.shape[1:])
+            value.mul_((2 / max(1, fan_in)) ** 0.5)
+        elif name.endswith(("bias", "mean")):
+            value.div_(4)
+        else:  # scales and variances: away from zero, and variances positive
+            sign = value.sign() if isinstance(tensor, nn.Parameter) else 1
+            value.uniform_(0.5, 1.5, generator=generator).mul_(sign)

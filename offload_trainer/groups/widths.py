@@ -43,6 +43,7 @@ TRANSFORMERS: dict[str, dict[str, tuple[Rule, ...]]] = {
         **dict.fromkeys(("num_heads", "num_attention_heads", "n_heads", "embed_dim"), _HEADS),
         **dict.fromkeys(("all_head_size", "inner_dim"), _HEADS),
         "num_key_value_heads": _KEYS,
+        "kv_lora_rank": (("kv_b_proj.weight", 1),),
     },
     "GPT2Attention": dict.fromkeys(("num_heads", "split_size", "embed_dim"), _FUSED),
     "Attention": dict.fromkeys(("n_head", "split_size"), _FUSED),  # the first GPT
@@ -51,6 +52,8 @@ TRANSFORMERS: dict[str, dict[str, tuple[Rule, ...]]] = {
     "*MoeBlock": {"hidden_dim": (("gate.weight", 1),)},
     "*MoE": {"input_size": (("router.layer.weight", 1), ("router.weight", 1))},
     "*Moe": {"hidden_dim": (("router.weight", 1),)},
+    "Llama4TextExperts": {"hidden_size": (("gate_up_proj", 1),)},
+    "*GatedDeltaNet": dict.fromkeys(("num_k_heads", "num_v_heads", "key_dim", "value_dim"), (("A_log", 0),)),
     "*MambaMixer": {
         "intermediate_size": _CHANNELS,
         "time_step_rank": (("dt_proj.weight", 1),),
@@ -120,7 +123,8 @@ def _transformers_rules(module: nn.Module) -> Iterator[tuple[str, Rule]]:
     for pattern, attributes in TRANSFORMERS.items():
         if fnmatchcase(kind.__name__, pattern):
             for attribute, rules in attributes.items():
-                if _has(module, attribute) and type(attrgetter(attribute)(module)) is int:
+                value = attrgetter(attribute)(module) if _has(module, attribute) else None
+                if type(value) is int and value > 1:  # a single head is no axis
                     yield from [(attribute, rule) for rule in rules if _has(module, rule[0])][:1]
 
 

@@ -198,8 +198,8 @@ def _blocks(documents: list[bytes], part: str, config: "CausalLM", tokenizer: An
     return cut
 
 
-def _exporter(tokenizer: Any | None) -> Callable[[nn.Module, Path], None]:
-    def save_export(module: nn.Module, folder: Path) -> None:
+def _exporter(tokenizer: Any | None) -> Callable[[nn.Module, Path], str | None]:
+    def save_export(module: nn.Module, folder: Path) -> str | None:
         """Config, generation settings and tokenizer, as `from_pretrained` looks for them."""
         config = fitted_config(module)
         if config is not None:
@@ -210,6 +210,12 @@ def _exporter(tokenizer: Any | None) -> Callable[[nn.Module, Path], None]:
             generation.to_json_file(folder / "generation_config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        if config is None:
+            return (
+                f"{folder} has no config.json: no {type(module.config).__name__} expresses widths that differ by layer "
+                "(structure.budget per_group does); offload_trainer.load_export loads it"
+            )
+        return None
 
     return save_export
 

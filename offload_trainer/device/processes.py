@@ -1,0 +1,43 @@
+"""Which processes and devices the launcher was asked for, and whether they are there."""
+
+import os
+
+import psutil
+import torch
+
+from offload_trainer.errors import UserError
+
+
+def require_devices() -> None:
+    """Raise `UserError` when more GPUs were asked for than there are, which accelerate passes over in silence.
+
+    Asked for: by `accelerate launch --num_processes N` or `--gpu_ids …`, unless with `--cpu`. `torchrun` alone asks for
+    processes; on a machine without GPUs they share its CPU.
+    """
+    there = torch.cuda.device_count()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if os.environ.get("ACCELERATE_USE_CPU") == "True" or (not there and not by_accelerate):
+        return
+    if by_accelerate:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        processes = max(processes, _launched_with("--num_processes"), len(visible.split(",")) if visible else 0)
+    if processes > max(1, there):
+        raise UserError(
+            f"{processes} GPUs were asked for, one per process, and this machine has {there}"
+            + ("" if there else "; on its CPU, start processes with torchrun --nproc_per_node")
+        )
+
+
+def _launched_with(option: str) -> int:
+    """The number that the launcher, our parent process, was given for an option; 0 if none."""
+    try:
+        parent = psutil.Process().parent()
+        words = parent.cmdline() if parent is not None else []
+    except psutil.Error:
+        return 0
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name in (option, option.replace("_", "-")) and (value or following).isdigit():
+            return int(value or following)
+    return 0
