@@ -16,7 +16,7 @@ from offload_trainer.device.workbench import Workbench
 from offload_trainer.errors import UserError
 from offload_trainer.groups import Groups, Plan, slice_module
 from offload_trainer.master import Master, StateLayout, probe_optimizer
-from offload_trainer.rounds import Round, RoundReport, Spent
+from offload_trainer.rounds import Boundary, Round, RoundReport, Spent, undivided
 from offload_trainer.structure import Structure
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -88,6 +88,7 @@ class Offloader:
             carry=carry,
             compile=compile,
         )
+        self._boundary: Boundary | None = self._make_boundary()
 
     # What a training loop calls
 
@@ -202,37 +203,46 @@ class Offloader:
             "bytes_moved": self.report.bytes_moved,
             "transfer_share": self.spent.share(),
             "host_bytes": memory.host_bytes(),
-            "device_bytes": memory.device_bytes(self.device) or self.device_bytes,
+            "device_bytes": memory.device_bytes(self.device) or self._bench.nbytes,
         }
 
-    @property
-    def device_bytes(self) -> int:
-        """Bytes that the rounds keep on the device from step to step, activations aside."""
-        return self._bench.nbytes
+    # What a checkpoint needs beside the master and its moments
 
-    # Between two rounds: what a checkpoint needs beside the tensors
+    def boundary(self) -> Boundary:
+        """The run as it was when the last round ended. The master is still as it was then, so this is a checkpoint.
 
-    def state(self) -> dict[str, Any]:
-        """Numbers that, with the master, the moments and the structure, say where the run is. Between rounds only."""
-        if self._round is not None:
-            raise RuntimeError("a checkpoint is taken between two rounds: call finish_round() first")
-        self._bench.forget_moments()
-        return {
+        Raises `RuntimeError` if a write-back was broken off: the master is then between two rounds for good.
+        """
+        if self._boundary is None:
+            raise RuntimeError("a write-back was broken off: the master is not that of any step")
+        if self._round is None:
+            self._bench.forget_moments()  # what is not carried starts anew, as it must in a resumed run
+        return self._boundary
+
+    def load_boundary(self, boundary: Boundary) -> None:
+        """Go on from a boundary; the master and its moments must hold what they held then."""
+        numbers = boundary.numbers
+        self.steps, self.rounds, self.settled = numbers["steps"], numbers["rounds"], numbers["settled"]
+        self.report = RoundReport(**numbers["report"])
+        self._bench.clear()
+        self._bench.clock, self._bench.trained = numbers["clock"], numbers["trained"]
+        self._master.scalars = {name: dict(scalars) for name, scalars in numbers["scalars"].items()}
+        self.structure.load_state_dict(dict(boundary.structure))
+        memory.set_random_state(self.device, dict(boundary.random))
+        self._round = None
+        self._boundary = boundary
+
+    def _make_boundary(self) -> Boundary:
+        numbers = {
             "steps": self.steps,
             "rounds": self.rounds,
             "settled": self.settled,
             "clock": self._bench.clock,
-            "trained": self._bench.trained,
-            "scalars": self._master.scalars,
+            "trained": self._bench.carried_plan,
+            "scalars": {name: dict(scalars) for name, scalars in self._master.scalars.items()},
             "report": asdict(self.report),
         }
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self.steps, self.rounds, self.settled = state["steps"], state["rounds"], state["settled"]
-        self._bench.clear()
-        self._bench.clock, self._bench.trained = state["clock"], state["trained"]
-        self._master.scalars = {name: dict(scalars) for name, scalars in state["scalars"].items()}
-        self.report = RoundReport(**state["report"])
+        return Boundary(numbers, self.structure.state_dict(), memory.random_state(self.device))
 
     # The round
 
@@ -271,29 +281,20 @@ class Offloader:
         difference = None
         if running.differences:
             difference = ranks.mean(self.accelerator, torch.stack(running.differences).mean())
-        self._require_finite(running)
-        start, moved = time.perf_counter(), self._bench.bytes_moved
-        with self.spent.on("writeback"):
-            ranks.average_buffers(self.accelerator, self._bench.subnet.module)
-            self.report.delta_norm = self._bench.write_back(running.steps)
-        self.report.writeback_ms = 1e3 * (time.perf_counter() - start)
-        self.report.bytes_moved += self._bench.bytes_moved - moved
-        self.report.difference = difference
-        if difference is not None:
-            self.structure.update(difference)
-        self.rounds += 1
-        self._round = None
-
-    def _require_finite(self, running: Round) -> None:
         losses = torch.stack(running.losses)
         ranks.average_(self.accelerator, [losses])
-        bad = (~losses.isfinite()).nonzero().flatten().tolist()
-        if not bad and self._bench.subnet.is_finite():
-            return
-        within = bad[0] * running.steps // len(losses) + 1 if bad else running.steps
-        what = f"the loss is {losses[bad[0]].item()}" if bad else "a weight is not finite"
-        raise UserError(
-            f"{what} at step {self.steps - running.steps + within}, round {self.rounds}: the master and the last "
-            "checkpoint keep the values from before this round; lower optimizer.lr, set optimizer.clip_norm or turn "
-            "memory.autocast off"
-        )
+        running.require_finite(losses, self._bench.subnet.is_finite(), self.steps, self.rounds)
+        with undivided():  # an interrupt waits: half a write-back would be no state at all
+            self._boundary = None
+            start, moved = time.perf_counter(), self._bench.bytes_moved
+            with self.spent.on("writeback"):
+                ranks.average_buffers(self.accelerator, self._bench.subnet.module)
+                self.report.delta_norm = self._bench.write_back(running.steps)
+            self.report.writeback_ms = 1e3 * (time.perf_counter() - start)
+            self.report.bytes_moved += self._bench.bytes_moved - moved
+            self.report.difference = difference
+            if difference is not None:
+                self.structure.update(difference)
+            self.rounds += 1
+            self._round = None
+            self._boundary = self._make_boundary()

@@ -1,6 +1,9 @@
 """What a round cost and did, and where a run's time went."""
 
+import signal
+import threading
 import time
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from offload_trainer.device import ranks
+from offload_trainer.errors import UserError
 
 
 @dataclass
@@ -20,6 +24,51 @@ class Round:
     losses: list[Tensor] = field(default_factory=list)
     differences: list[Tensor] = field(default_factory=list)
     """L(m) − L(m′) of each paired batch."""
+
+    def require_finite(self, losses: Tensor, weights: bool, steps: int, rounds: int) -> None:
+        """Raise `UserError`, naming the step, unless the losses (means over the ranks) and the weights are finite.
+
+        steps: optimizer steps of the run so far, this round's included. rounds: finished before it.
+        """
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+        if not bad and weights:
+            return
+        within = bad[0] * self.steps // len(losses) + 1 if bad else self.steps
+        what = f"the loss is {losses[bad[0]].item()}" if bad else "a weight is not finite"
+        raise UserError(
+            f"{what} at step {steps - self.steps + within}, round {rounds}: the master and the last checkpoint keep "
+            "what was before this round; lower optimizer.lr, set optimizer.clip_norm or turn memory.autocast off"
+        )
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """All that changes from round to round beside the master and its moments, as it was when a round ended."""
+
+    numbers: Mapping[str, Any]
+    structure: Mapping[str, Tensor]
+    random: Mapping[str, Tensor]
+    """States of the generators that dropout draws from."""
+
+
+@contextmanager
+def undivided():
+    """Hold an interrupt (Ctrl-C, SIGTERM where it raises) back until the block is done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+    held: list[Any] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if callable(handler):
+            signal.signal(number, lambda number, frame: held.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in held:
+        signal.raise_signal(number)
 
 
 @dataclass

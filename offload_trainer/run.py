@@ -1,6 +1,7 @@
 """The command: `accelerate launch offload_trainer/run.py --config FILE [--dotted.key value …] [--dry-run]`."""
 
 import os
+import signal
 import sys
 
 from offload_trainer.config import parse
@@ -9,7 +10,8 @@ from offload_trainer.train import train
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, or 2 after one line that says what to mend."""
+    """Exit code: 0; 2 after one line that says what to mend; 130 after an interrupt."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill leaves what Ctrl-C leaves
     try:
         train(parse(argv))
     except UserError as error:
@@ -17,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; --resume auto goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     return 0
 

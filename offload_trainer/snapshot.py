@@ -1,4 +1,4 @@
-"""An offloader between two rounds as tensors and numbers, and back: what a checkpoint holds."""
+"""Checkpoints of an offloader: saved, checked, restored."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,22 +6,22 @@ from typing import Any
 
 from torch import Tensor
 
-from offload_trainer.device import memory
 from offload_trainer.master.checkpoint import Checkpoint, CheckpointStore
 from offload_trainer.offloader import Offloader
+from offload_trainer.rounds import Boundary
 from offload_trainer.structure import Structure
 
 
 def save(offloader: Offloader, store: CheckpointStore, extra: Mapping[str, Any] | None = None) -> Path:
-    """Write a checkpoint of an offloader between two rounds."""
-    state = offloader.state()
+    """Write a checkpoint of the end of the last round: at any time, since the master changes only when a round ends."""
+    boundary = offloader.boundary()
     parts: dict[str, Mapping[str, Tensor]] = {
         "weights": offloader.master,
-        "structure": offloader.structure.state_dict(),
-        "random": memory.random_state(offloader.device),
+        "structure": boundary.structure,
+        "random": boundary.random,
         **{f"moments.{name}": tensors for name, tensors in offloader.moments.items()},
     }
-    return store.save(offloader.steps, parts, {"offloader": state, **(extra or {})})
+    return store.save(boundary.numbers["steps"], parts, {"offloader": boundary.numbers, **(extra or {})})
 
 
 def check(
@@ -46,6 +46,5 @@ def restore(offloader: Offloader, checkpoint: Checkpoint) -> None:
     checkpoint.read_into("weights", offloader.master)
     for name, tensors in offloader.moments.items():
         checkpoint.read_into(f"moments.{name}", tensors)
-    offloader.structure.load_state_dict(checkpoint.read("structure"))
-    offloader.load_state(checkpoint.meta["offloader"])
-    memory.set_random_state(offloader.device, checkpoint.read("random"))
+    numbers = checkpoint.meta["offloader"]
+    offloader.load_boundary(Boundary(numbers, checkpoint.read("structure"), checkpoint.read("random")))

@@ -3,6 +3,7 @@
 import math
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch.utils.data import DataLoader
 from offload_trainer import snapshot
 from offload_trainer.config import Config
 from offload_trainer.device import memory
+from offload_trainer.errors import UserError
 from offload_trainer.evaluation import evaluate, evaluate_full
-from offload_trainer.master import CheckpointStore
+from offload_trainer.master import CheckpointStore, whole_folder
 from offload_trainer.monitor import Monitor
 from offload_trainer.offloader import Offloader
 from offload_trainer.prepare import Prepared, prepare
@@ -65,31 +67,32 @@ def train(config: Config) -> None:
             accelerator.init_trackers("offload-trainer")
         settle_from = math.ceil(config.steps * (1 - config.structure.settle))
 
-        for batch in batches(run, offloader.steps, config.steps):
-            if offloader.steps >= settle_from:
-                offloader.settle()
-            set_learning_rate(offloader.optimizer, config, offloader.steps)
-            loss = offloader.loss(batch)
-            accelerator.backward(loss)
-            offloader.step()
-            meter.add(task.count(batch) * accelerator.num_processes, loss)
+        with kept_when_broken_off(offloader, store, config, monitor):
+            for batch in batches(run, offloader.steps, config.steps):
+                if offloader.steps >= settle_from:
+                    offloader.settle()
+                set_learning_rate(offloader.optimizer, config, offloader.steps)
+                loss = offloader.loss(batch)
+                accelerator.backward(loss)
+                offloader.step()
+                meter.add(task.count(batch) * accelerator.num_processes, loss)
 
-            step = offloader.steps
-            validation: dict[str, float] = {}
-            if due(step, config.track.eval_every, config):
-                with meter.paused("evaluation"):
-                    subnet = offloader.export().to(accelerator.device)
-                    validation = evaluate(subnet, task.val, task.metrics_fn, task.count, accelerator)
-            if step % config.track.log_every == 0 or validation or step == config.steps:
-                monitor.show(offloader.probabilities())
-                monitor.log(
-                    {"step": step, "round": offloader.report.round, **meter.read(accelerator)}
-                    | {f"val_{name}": value for name, value in validation.items()}
-                    | offloader.measured()
-                )
-            if due(step, config.checkpoint.every, config):
-                with meter.paused("checkpoint"):
-                    save_checkpoint(offloader, store, config)
+                step = offloader.steps
+                validation: dict[str, float] = {}
+                if due(step, config.track.eval_every, config):
+                    with meter.paused("evaluation"):
+                        subnet = offloader.export().to(accelerator.device)
+                        validation = evaluate(subnet, task.val, task.metrics_fn, task.count, accelerator)
+                if step % config.track.log_every == 0 or validation or step == config.steps:
+                    monitor.show(offloader.probabilities())
+                    monitor.log(
+                        {"step": step, "round": offloader.report.round, **meter.read(accelerator)}
+                        | {f"val_{name}": value for name, value in validation.items()}
+                        | offloader.measured()
+                    )
+                if due(step, config.checkpoint.every, config):
+                    with meter.paused("checkpoint"):
+                        save_checkpoint(offloader, store, config)
 
         offloader.finish_round()
         meter.stop()
@@ -111,10 +114,11 @@ def conclude(config: Config, run: Prepared, offloader: Offloader, meter: Meter, 
         exported = evaluate(small, task.val, task.metrics_fn, task.count, accelerator)
         full = evaluate_full(offloader.model, task.val, task.metrics_fn, task.count, accelerator)
     if accelerator.is_main_process:
-        save_export(small, plan, out / "export")
-        note = task.save_export(small, out / "export") if task.save_export is not None else None
-        if note:
-            monitor.message(note)
+        with whole_folder(out / "export") as folder:
+            save_export(small, plan, folder)
+            note = task.save_export(small, folder) if task.save_export is not None else None
+        if note is not None:
+            monitor.message(f"{out / 'export'}: {note}")
     accelerator.wait_for_everyone()
     return {
         "steps": offloader.steps,
@@ -127,7 +131,7 @@ def conclude(config: Config, run: Prepared, offloader: Offloader, meter: Meter, 
             "measured": {
                 "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 "host_before_master_bytes": meter.base_bytes,
-                "device_peak_bytes": memory.device_peak(accelerator.device) or offloader.device_bytes,
+                "device_peak_bytes": memory.device_peak(accelerator.device) or offloader.measured()["device_bytes"],
             },
         },
     }
@@ -175,5 +179,29 @@ def due(step: int, every: int, config: Config) -> bool:
 
 def save_checkpoint(offloader: Offloader, store: CheckpointStore, config: Config) -> None:
     if offloader.accelerator.is_main_process:
-        snapshot.save(offloader, store, {"sync_every": config.sync_every, "seed": config.seed})
+        snapshot.save(offloader, store, run_facts(config))
     offloader.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def kept_when_broken_off(
+    offloader: Offloader, store: CheckpointStore, config: Config, monitor: Monitor
+) -> Iterator[None]:
+    """Whatever ends the block early (Ctrl-C, SIGTERM, a loss that is not finite), keep the last whole round."""
+    try:
+        yield
+    except BaseException:
+        if offloader.accelerator.is_main_process:
+            try:
+                step = offloader.boundary().numbers["steps"]
+                if step and not store.has(step):
+                    snapshot.save(offloader, store, run_facts(config))
+                monitor.message(f"broken off; --resume auto goes on from step {step}")
+            except (RuntimeError, UserError) as error:
+                monitor.message(f"broken off, and no checkpoint could be made of it: {error}")
+        raise
+
+
+def run_facts(config: Config) -> dict[str, Any]:
+    """What a resumed run must share."""
+    return {"sync_every": config.sync_every, "seed": config.seed}

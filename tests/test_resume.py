@@ -1,6 +1,7 @@
 """DESIGN §10, 7: a resumed run equals an uninterrupted one, bit for bit."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -62,11 +63,48 @@ def test_a_checkpoint_holds_no_pickle_and_only_known_files(tmp_path: Path) -> No
     json.loads((path / "checkpoint.json").read_text())
 
 
-def test_a_checkpoint_within_a_round_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [3, 5, 8, 14])
+def test_a_checkpoint_within_a_round_is_of_its_beginning(tmp_path: Path, steps: int) -> None:
+    """What Ctrl-C leaves: nothing of the broken round, everything before it."""
+    batches = data(20)
+    model = network()
+    torch.manual_seed(5)
+    with offloader(model, sync_every=5) as whole:
+        expected = run(whole, batches)
+    model = network()
+    torch.manual_seed(5)
+    with offloader(model, sync_every=5) as broken:
+        run(broken, batches[:steps])
+        snapshot.save(broken, CheckpointStore(tmp_path))
+    with offloader(network(seed=7), sync_every=5) as resumed:
+        snapshot.restore(resumed, find_checkpoint(tmp_path))
+        assert resumed.steps == steps // 5 * 5
+        assert run(resumed, batches[resumed.steps :]) == expected[steps // 5 * 5 :]
+
+
+def test_an_interrupt_within_a_write_back_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with offloader(network(), sync_every=5) as trainer:
-        run(trainer, data(3))
-        with pytest.raises(RuntimeError, match="between two rounds"):
+        write_back = trainer._bench.write_back
+
+        def interrupted(steps: int) -> float:
+            signal.raise_signal(signal.SIGINT)
+            return write_back(steps)
+
+        monkeypatch.setattr(trainer._bench, "write_back", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(trainer, data(5))
+        assert (trainer.steps, trainer.rounds) == (5, 1)
+        assert trainer.boundary().numbers["steps"] == 5
+
+
+def test_a_broken_write_back_makes_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with offloader(network(), sync_every=5) as trainer:
+        monkeypatch.setattr(trainer._bench, "write_back", lambda steps: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(trainer, data(5))
+        with pytest.raises(RuntimeError, match="broken off"):
             snapshot.save(trainer, CheckpointStore(tmp_path))
+        trainer._round = None
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,10 @@
 import json
 import math
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +99,28 @@ def test_resume_on_the_command_line_equals_an_uninterrupted_run(tmp_path: Path) 
         assert file.read_bytes() == (ends[1] / file.name).read_bytes(), file.name
 
 
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["int", "term", "kill"])
+def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path, stop: signal.Signals) -> None:
+    """Ctrl-C and SIGTERM keep the last whole round; after SIGKILL there is the last checkpoint."""
+    whole = str(config(tmp_path, steps=400))
+    out = tmp_path / "out"
+    command = [sys.executable, "offload_trainer/run.py", "--config", whole, "--checkpoint.every", "40"]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (out / "checkpoints" / "step-00000040").exists():
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.01)
+    running.send_signal(stop)
+    printed, _ = running.communicate(timeout=60)
+    assert running.returncode == (130 if stop != signal.SIGKILL else -signal.SIGKILL)
+    assert ("broken off; --resume auto goes on from step" in printed) == (stop != signal.SIGKILL)
+    steps = [record["step"] for record in metrics(out)]
+    assert steps == list(range(1, len(steps) + 1)) and 40 <= len(steps) < 400
+    end = str(len(steps) + 8)
+    assert main(["--config", whole, "--resume", "auto", "--steps", end, "--optimizer.schedule", "constant"]) == 0
+    assert [record["step"] for record in metrics(out)] == list(range(1, int(end) + 1))
+    assert not list((out / "checkpoints").glob(".writing-*"))
+
+
 def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     """Two real processes on gloo, each with half of the same global batch."""
     file = str(config(tmp_path, **{"structure.settle": 0.3, "track.eval_every": 4}))
@@ -142,7 +168,7 @@ def test_widths_without_a_config_are_said_and_still_load(tmp_path: Path, capsys:
     file = config(tmp_path, **{"structure.sampler": "bernoulli", "structure.budget": "global", "seed": 1})
     assert main(["--config", str(file)]) == 0
     export = tmp_path / "out" / "export"
-    assert "has no config.json" in capsys.readouterr().out
+    assert "there is no config.json" in capsys.readouterr().out
     assert not (export / "config.json").exists()
     task = build_task(parse(["--config", str(file)]).task, 0)
     groups = find_groups(task.model, task.example_inputs)

@@ -105,10 +105,14 @@ class Workbench:
         self.clock += steps
         return norm
 
+    @property
+    def carried_plan(self) -> str:
+        """Digest of the plan whose moments the master holds; moments that are not carried are on the device alone."""
+        return self.trained if self._carry else ""
+
     def forget_moments(self) -> None:
-        """Moments that are not carried live on the device alone: after a checkpoint, start them anew."""
-        if not self._carry:
-            self.trained = ""
+        """Start moments that are not carried anew with the next round, whatever its plan."""
+        self.trained = self.carried_plan
 
     def clear(self) -> None:
         self._subnet = self._reference = self.forward = None

@@ -1,5 +1,6 @@
 """The full-size model with a plan's dropped units gated to zero, run op by op: what a sliced model must equal."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from offload_trainer.groups import axes as ax
 from offload_trainer.groups.axes import Axis, Symbol
 from offload_trainer.groups.plan import Groups, Plan
 from offload_trainer.groups.rules import Call
+from offload_trainer.groups.running import is_floating
 from offload_trainer.groups.slicing import named_tensors
 from offload_trainer.groups.tracing import Axes
 
@@ -19,8 +21,8 @@ REDUCTIONS = {f"aten::{name}" for name in (*_REDUCTIONS, "linalg_vector_norm", "
 
 
 class Gate(TorchDispatchMode):
-    """Context: parameters and buffers enter with their dropped units zero, whatever reduces over a sliced axis (a norm
-    over the residual stream) is computed over the kept units alone. Axes are followed as in tracing, but start from
+    """Context: dropped units are zero in every parameter, buffer and activation, and what reduces over a sliced axis (a
+    norm over the residual stream) does so over the kept units alone. Axes are followed as in tracing, but start from
     the groups, and no module is sliced."""
 
     def __init__(self, model: nn.Module, plan: Plan, groups: Groups):
@@ -49,13 +51,15 @@ class Gate(TorchDispatchMode):
 
     def kept(self, axis: Axis) -> Tensor | None:
         """Kept elements of an axis; None when all of it is."""
-        units = {self._leaves[name].root: self._plan[name] for name in self._leaves}
+        units = {self._leaves[name].root: name for name in self._leaves}
+        runs = [(units[leaf], leaf.size, *place) for leaf, *place in ax.occurrences(axis) if leaf in units]
+        if not runs:
+            return None
         keep = torch.ones(ax.size_of(axis), dtype=torch.bool)
-        for leaf, block, offset in ax.occurrences(axis):
-            if leaf in units:
-                mask = torch.zeros(leaf.size, dtype=torch.bool)
-                mask[units[leaf]] = True
-                keep[offset : offset + leaf.size * block] &= mask.repeat_interleave(block)
+        for name, size, block, offset in runs:
+            mask = torch.zeros(size, dtype=torch.bool)
+            mask[self._plan[name]] = True
+            keep[offset : offset + size * block] &= mask.repeat_interleave(block)
         return None if bool(keep.all()) else keep.nonzero().flatten()
 
     def kept_part(self, tensor: Tensor) -> Tensor:
@@ -67,13 +71,8 @@ class Gate(TorchDispatchMode):
 
     def _gated(self, tensor: Tensor) -> Tensor:
         gated = tensor.clone()
-        for axis, index in enumerate(self._plan.indices(self._names[id(tensor)])):
-            if index is not None:
-                dropped = torch.ones(tensor.shape[axis], dtype=torch.bool)
-                dropped[index] = False
-                gated.index_fill_(axis, dropped.nonzero().flatten(), 0)
         self._axes[gated] = self._axes[tensor]
-        return gated
+        return _zero_outside(gated, self._plan.indices(self._names[id(tensor)]))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         args, kwargs = tree_map(
@@ -89,7 +88,20 @@ class Gate(TorchDispatchMode):
             call.out = _norm_over(call, indices)
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(call.out)):
             self._axes.follow(call)
+        if not func.is_view:
+            for out in filter(is_floating, call.outputs()):  # a function of zero need not be zero: exp, 0 / 0
+                _zero_outside(out, [self.kept(axis) for axis in self._axes[out]])
         return call.out
+
+
+def _zero_outside(tensor: Tensor, kept: Iterable[Tensor | None]) -> Tensor:
+    """In place."""
+    for axis, index in enumerate(kept):
+        if index is not None:
+            dropped = torch.ones(tensor.shape[axis], dtype=torch.bool)
+            dropped[index] = False
+            tensor.index_fill_(axis, dropped.nonzero().flatten(), 0)
+    return tensor
 
 
 def _reduced(call: Call) -> list[int]:

@@ -55,6 +55,10 @@ class Groups:
             if names.count(name) > 1:
                 raise UserError(f"two groups are called {name!r}; group names must differ")
         for group in self.groups:
+            if group.units < 1 or not group.slots:
+                raise UserError(
+                    f"group {group.name!r} has {group.units} units and {len(group.slots)} slots; it needs one"
+                )
             for slot in group.slots:
                 self._check(group, slot)
 
@@ -117,13 +121,12 @@ class Plan(Mapping[str, Tensor]):
         for name, indices in kept.items():
             if name not in known:
                 raise UserError(f"the plan names group {name!r}, which the model does not have")
-            indices = torch.as_tensor(indices)
+            indices, units = torch.as_tensor(indices), known[name].units
+            if indices.ndim != 1 or len(indices) == 0:
+                raise UserError(f"the plan keeps no unit of group {name!r}; at least one must stay")
             if indices.is_floating_point() or indices.dtype == torch.bool:
                 raise UserError(f"the plan's indices of group {name!r} must be whole numbers, not {indices.dtype}")
             indices = indices.to("cpu", torch.int64, copy=True)
-            units = known[name].units
-            if indices.ndim != 1 or len(indices) == 0:
-                raise UserError(f"the plan keeps no unit of group {name!r}; at least one must stay")
             if bool((indices.diff() <= 0).any()):
                 raise UserError(f"the plan's indices of group {name!r} must be sorted and distinct")
             if int(indices[0]) < 0 or int(indices[-1]) >= units:

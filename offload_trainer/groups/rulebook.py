@@ -37,6 +37,8 @@ def _slot(group: str, text: str) -> Slot:
     tensor, *numbers = text.split(":")
     try:
         axis, block, offset = [int(number) for number in numbers] + [1, 0][len(numbers) - 1 :]
+        if axis < 0 or block < 1 or offset < 0:
+            raise ValueError
         return Slot(tensor, axis, block, offset)
     except ValueError:
         raise UserError(f"structure.rules: group {group!r}: {text!r} must be tensor:axis[:block[:offset]]") from None

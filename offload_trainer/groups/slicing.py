@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from offload_trainer.errors import UserError
 from offload_trainer.groups.plan import Groups, Plan
 from offload_trainer.groups.widths import fit_widths
 
@@ -43,9 +44,16 @@ def rebuild(module: nn.Module, tensors: Mapping[str, Tensor], plan: Plan, groups
 
 
 def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A deep copy in which each parameter and buffer is replaced. Ties survive: one tensor, one replacement."""
+    """A deep copy in which each parameter and buffer is replaced. Ties survive: one tensor, one replacement.
+
+    Raises `UserError` for a module that Python cannot copy (open files, `torch.nn.utils.weight_norm` of old).
+    """
     memo: dict[int, Any] = {}
     for name, old in named_tensors(module).items():
         new = tensors[name]
         memo[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
-    return copy.deepcopy(module, memo)
+    try:
+        return copy.deepcopy(module, memo)
+    except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{type(module).__name__} cannot be copied, as slicing it needs: {reason}") from error

@@ -1,6 +1,6 @@
 """The full-size parameters, buffers and optimizer state in host memory, their checkpoints, and the ledger."""
 
-from offload_trainer.master.checkpoint import Checkpoint, CheckpointStore, find_checkpoint
+from offload_trainer.master.checkpoint import Checkpoint, CheckpointStore, find_checkpoint, whole_folder
 from offload_trainer.master.ledger import Ledger, predict
 from offload_trainer.master.master import Master
 from offload_trainer.master.moments import StateLayout, probe_optimizer
@@ -16,4 +16,5 @@ __all__ = [
     "find_checkpoint",
     "predict",
     "probe_optimizer",
+    "whole_folder",
 ]

@@ -4,7 +4,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,24 +78,17 @@ class CheckpointStore:
         )
         if need > free:
             raise UserError(f"no room for a checkpoint in {self.folder}: it needs {_gib(need)}, {_gib(free)} are free")
-        writing = self.folder / f".writing-{path.name}"
-        try:
-            writing.mkdir()
+        with whole_folder(path) as writing:
             files = {}
             for part, tensors in parts.items():
                 files[f"{part}.safetensors"] = write_safetensors(writing / f"{part}.safetensors", tensors)
             write_json(writing / META, {"format": FORMAT, "step": step, "files": files, **meta})
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(writing, path)
-        except BaseException as error:
-            shutil.rmtree(writing, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise UserError(f"cannot write a checkpoint to {self.folder}: {error.strerror or error}") from error
-            raise
         for old in self._folders()[: -self.keep_last]:
             shutil.rmtree(old)
         return path
+
+    def has(self, step: int) -> bool:
+        return (self.folder / f"step-{step:08d}").exists()
 
     def newest(self) -> Checkpoint | None:
         """The newest complete checkpoint; damaged ones are passed over."""
@@ -138,6 +132,27 @@ def find_checkpoint(path: Path) -> Checkpoint:
         if newest is not None:
             return newest
     return open_checkpoint(path)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Gives a folder to write into, which takes the place of `path` when the block ends well and else disappears.
+
+    Raises `UserError` for what the file system refuses.
+    """
+    writing = path.with_name(f".writing-{path.name}")
+    try:
+        shutil.rmtree(writing, ignore_errors=True)  # of a run that was killed while writing
+        writing.mkdir(parents=True)
+        yield writing
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(writing, path)
+    except BaseException as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -212,7 +212,7 @@ def _exporter(tokenizer: Any | None) -> Callable[[nn.Module, Path], str | None]:
             tokenizer.save_pretrained(folder)
         if config is None:
             return (
-                f"{folder} has no config.json: no {type(module.config).__name__} expresses widths that differ by layer "
+                f"there is no config.json, since no {type(module.config).__name__} expresses widths that differ by layer "
                 "(structure.budget per_group does); offload_trainer.load_export loads it"
             )
         return None

@@ -17,15 +17,15 @@ def take_turns(
 ) -> Seconds:
     """Time each contender `repeats` times, after `warmup` untimed turns.
 
-    Each repeat runs all of them, every other one in reverse order: whatever slows the machine for a while slows
-    neighbours alike, and none always runs on the caches that the same other left.
+    Each repeat runs all of them in order: whatever slows the machine for a while slows neighbours alike, and none finds
+    in the caches what it left there itself.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for repeat in range(-warmup, repeats):
-        for name in list(contenders) if repeat % 2 == 0 else reversed(list(contenders)):
+        for name, run in contenders.items():
             memory.synchronize(device)
             start = perf_counter()
-            contenders[name]()
+            run()
             memory.synchronize(device)
             if repeat >= 0:
                 seconds[name].append(perf_counter() - start)

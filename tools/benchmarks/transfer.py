@@ -64,9 +64,9 @@ def compare(setting: Setting, master: Master, groups: Groups, transfer: Transfer
             {
                 "copy in": lambda: there.flat.copy_(host.flat),
                 "gather": lambda: subnet.load(plans.pop()),
+                "copy out": lambda: host.flat.copy_(there.flat),  # far from the other copy, whose buffers it shares
                 "writeback": lambda: subnet.write_back(delta=False),
                 "writeback+delta": lambda: subnet.write_back(delta=True),
-                "copy out": lambda: host.flat.copy_(there.flat),
             },
             repeats,
             device,

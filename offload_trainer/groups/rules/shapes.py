@@ -47,10 +47,8 @@ def squeeze(call: Call) -> None:
 def expand(call: Call) -> None:
     out, axes = call.outputs()[0], call.axes_of(call.input)
     axes = [[] for _ in range(out.ndim - len(axes))] + axes
-    call.assign(
-        out,
-        [a if ax.size_of(a) == n else ax.fresh(n, "repeated") for a, n in zip(axes, out.shape, strict=True)],
-    )
+    # The entries of a widened axis are all the same: like a filled tensor's, it stays open.
+    call.assign(out, [a if ax.size_of(a) == n else ax.fresh(n) for a, n in zip(axes, out.shape, strict=True)])
 
 
 @rule("repeat")
