@@ -3,6 +3,7 @@
 from offload_trainer.errors import UserError
 from offload_trainer.groups import Group, Groups, Plan, Slot, find_groups, slice_module, verify_groups
 from offload_trainer.offloader import Offloader
+from offload_trainer.result import load_export
 from offload_trainer.structure import Structure
 from offload_trainer.tasks.task import Task
 
@@ -16,6 +17,7 @@ __all__ = [
     "Task",
     "UserError",
     "find_groups",
+    "load_export",
     "slice_module",
     "verify_groups",
 ]

@@ -251,3 +251,18 @@ def test_the_library_example_of_the_readme_runs() -> None:
     small = scope["small"]
     assert isinstance(small, torch.nn.Sequential)
     assert isinstance(small[0], torch.nn.Linear) and small[0].out_features == 256
+
+
+def test_the_custom_task_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "README.md").read_text()
+    for name, language in (("mine.py", "python"), ("mine.yaml", "yaml")):
+        block = re.search(rf"```{language}\n(# {name}\n.*?)```", text, re.S)
+        assert block is not None
+        (tmp_path / name).write_text(block.group(1))
+    command = re.search(r"offload_trainer/run.py (--config mine.yaml .*)", text)
+    assert command is not None
+    monkeypatch.chdir(tmp_path)
+    assert main([*command.group(1).split(), "--task.arguments", "{width: 64}"]) == 0
+    summary = json.loads((tmp_path / "runs" / "mine" / "summary.json").read_text())
+    assert summary["steps"] == 200
+    assert summary["exported"]["parameters"] < 0.55 * summary["full_master"]["parameters"]
