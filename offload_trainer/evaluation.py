@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, cpu_offload
-from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+
+from offload_trainer.device import ranks
+from offload_trainer.groups.slicing import named_tensors, with_tensors
 
 MetricsFn = Callable[[nn.Module, Any], Mapping[str, Tensor]]
 
@@ -34,13 +36,10 @@ def evaluate(
             sums[name] = sums.get(name, 0.0) + float(value) * weight
         total += weight
     module.train(training)
-    if accelerator.num_processes == 1:
-        return {name: value / total for name, value in sums.items()}
-    names = sorted(sums)
-    mine = torch.tensor([*(sums[name] for name in names), float(total)], dtype=torch.float64)
-    every: Any = accelerator.reduce(mine.float().to(accelerator.device), reduction="sum")
-    *values, weight = every.tolist()
-    return {name: value / weight for name, value in zip(names, values, strict=True)}
+    every = ranks.gather(accelerator, (sums, total))  # a rank without a batch has no sums
+    names = dict.fromkeys(name for part, _ in every for name in part)
+    weight = sum(share for _, share in every)
+    return {name: sum(part.get(name, 0.0) for part, _ in every) / weight for name in names}
 
 
 def evaluate_full(
@@ -53,8 +52,7 @@ def evaluate_full(
     """`evaluate` of the master itself: on another device than the host, one layer at a time passes through it."""
     if accelerator.device.type == "cpu":
         return evaluate(model, batches, metrics_fn, count, accelerator)
-    cpu_offload(model, accelerator.device, state_dict=dict(model.state_dict()))
-    try:
-        return evaluate(model, batches, metrics_fn, count, accelerator)
-    finally:
-        remove_hook_from_submodules(model)
+    # Hooks replace the parameters of what they are attached to, so they get a copy that shares the master's memory.
+    shared = with_tensors(model, {name: tensor.detach() for name, tensor in named_tensors(model).items()})
+    cpu_offload(shared, accelerator.device)
+    return evaluate(shared, batches, metrics_fn, count, accelerator)

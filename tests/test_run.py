@@ -123,7 +123,7 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path, sto
 
 def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     """Two real processes on gloo, each with half of the same global batch."""
-    file = str(config(tmp_path, **{"structure.settle": 0.3, "track.eval_every": 4}))
+    file = str(config(tmp_path, **{"structure.settle": 0.3, "track.eval_every": 4, "task.val_batches": 1}))
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     assert main(["--config", file, "--out", one]) == 0
     done = launch("torchrun", "--nproc_per_node", "2", "offload_trainer/run.py", "--config", file, "--out", two)

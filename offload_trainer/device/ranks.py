@@ -1,6 +1,7 @@
 """What the processes of a run must agree on. With one process each of these is the identity."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -38,9 +39,13 @@ def mean(accelerator: Accelerator, value: Tensor) -> float:
     return float(accelerator.reduce(value.detach().reshape(1).float(), reduction="mean"))  # type: ignore[arg-type]
 
 
+def gather(accelerator: Accelerator, value: Any) -> list[Any]:
+    """The value of every rank, in rank order."""
+    return gather_object([value]) if accelerator.num_processes > 1 else [value]
+
+
 def require_same(accelerator: Accelerator, what: str, value: str) -> None:
-    """Every rank must hold the same value (a plan's digest); otherwise their masters would part ways unnoticed."""
-    if accelerator.num_processes > 1:
-        values = gather_object([value])
-        if len(set(values)) > 1:
-            raise UserError(f"the ranks disagree on {what}: {values}; were they started with the same config and seed?")
+    """Every rank must hold the same value (a plan's digest); their masters would part ways unnoticed otherwise."""
+    values = gather(accelerator, value)
+    if len(set(values)) > 1:
+        raise UserError(f"the ranks disagree on {what}: {values}; were they started with the same config and seed?")

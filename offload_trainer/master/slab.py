@@ -55,6 +55,11 @@ class Slab(Mapping[str, Tensor]):
             memory.unregister(self.flat)
             self._pinned = False
 
+    def __del__(self) -> None:
+        # Memory must not be freed while CUDA holds it pinned. (`flat` is missing when allocating it failed.)
+        if getattr(self, "_pinned", False):
+            self.close()
+
     @property
     def nbytes(self) -> int:
         return self.flat.numel() * self.flat.element_size()
