@@ -15,7 +15,7 @@ VOCABULARY = 61  # odd, and no width of any model here
 
 
 def llm(kind: str, **settings: Any) -> nn.Module:
-    """A causal language model of transformers on the meta device: 2 layers, hidden 64, 4 heads of 16, 2 key/value heads."""
+    """A causal language model of transformers, on the meta device: 2 layers, 4 heads of 16, 2 key/value heads."""
     common = dict(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
     if kind != "gpt2":
         common |= dict(intermediate_size=96, max_position_embeddings=64)
@@ -474,7 +474,7 @@ FAMILIES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "encoder layer": lambda: (Encoder(), vectors(11, 6)),
     "vgg19_bn": lambda: (build_model("vgg19_bn", 10, width=0.125), images(size=32)),
     "resnet32": lambda: (build_model("resnet32", 10, width=0.5), images()),
-    "wrn28_10": lambda: (build_model("wrn28_10", 10, width=0.05), images()),
+    "wrn28_10": lambda: (build_model("wrn28_10", 10, width=0.1), images()),
     "resnet50": lambda: (build_model("resnet50", 10, width=0.125), images(size=32)),
     "llama": lambda: (llm("llama"), tokens()),
     "llama, tied": lambda: (llm("llama", tie_word_embeddings=True), tokens()),

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from offload_trainer.errors import UserError
 from offload_trainer.groups import axes as ax
 from offload_trainer.groups.axes import Axis, Symbol
 from offload_trainer.groups.plan import Groups, Plan
 from offload_trainer.groups.rules import Call
-from offload_trainer.groups.running import is_floating
+from offload_trainer.groups.running import Watch, is_floating
 from offload_trainer.groups.slicing import named_tensors
 from offload_trainer.groups.tracing import Axes
 
@@ -29,10 +30,19 @@ class Gate(TorchDispatchMode):
         super().__init__()
         self._axes = Axes()
         self._plan = plan
+        self._watch = Watch(model)
         self._leaves: dict[str, Symbol] = {group.name: Symbol(group.units) for group in groups}
         self._names = {id(tensor): name for name, tensor in named_tensors(model).items()}
         for name, tensor in named_tensors(model).items():
             self._axes[tensor] = [self._axis_of(groups, name, axis) for axis in range(tensor.ndim)]
+
+    def __enter__(self) -> "Gate":
+        self._watch.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._watch.__exit__()
+        super().__exit__(*error)
 
     def _axis_of(self, groups: Groups, name: str, axis: int) -> Axis:
         """The axis as its slots describe it: runs of (group, block), what lies between them fixed."""
@@ -75,9 +85,10 @@ class Gate(TorchDispatchMode):
         return _zero_outside(gated, self._plan.indices(self._names[id(tensor)]))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        args, kwargs = tree_map(
+        args, named = tree_map(
             lambda x: self._gated(x) if isinstance(x, Tensor) and id(x) in self._names else x, (args, kwargs or {})
         )
+        kwargs = dict(named)
         call = Call(func, args, kwargs, None, self._axes.__getitem__, self._axes.__setitem__)
         indices = {d: index for d in _reduced(call) if (index := self.kept(self._axes[call.input][d])) is not None}
         if not indices:
@@ -88,10 +99,23 @@ class Gate(TorchDispatchMode):
             call.out = _norm_over(call, indices)
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(call.out)):
             self._axes.follow(call)
+            self._require_whole_units()
         if not func.is_view:
             for out in filter(is_floating, call.outputs()):  # a function of zero need not be zero: exp, 0 / 0
                 _zero_outside(out, [self.kept(axis) for axis in self._axes[out]])
         return call.out
+
+    def _require_whole_units(self) -> None:
+        """Raise if the last op took units apart, or made units of two groups one: then their slots are wrong."""
+        owner: dict[Symbol, str] = {}
+        for name, leaf in self._leaves.items():
+            root = leaf.root
+            if root.factors is not None or root.segments is not None:
+                raise UserError(f"{self._watch.where} takes units of group {name!r} apart: a slot of it is wrong")
+            if owner.setdefault(root, name) != name:
+                raise UserError(
+                    f"groups {owner[root]!r} and {name!r} meet in {self._watch.where}: a slot of one of them is wrong"
+                )
 
 
 def _zero_outside(tensor: Tensor, kept: Iterable[Tensor | None]) -> Tensor:

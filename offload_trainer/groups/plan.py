@@ -57,7 +57,7 @@ class Groups:
         for group in self.groups:
             if group.units < 1 or not group.slots:
                 raise UserError(
-                    f"group {group.name!r} has {group.units} units and {len(group.slots)} slots; it needs one"
+                    f"group {group.name!r} has {group.units} units and {len(group.slots)} slots; each needs one"
                 )
             for slot in group.slots:
                 self._check(group, slot)

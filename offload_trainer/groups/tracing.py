@@ -21,6 +21,8 @@ from offload_trainer.groups.rules import Call, pin_all, rule_of
 from offload_trainer.groups.running import Inputs, Watch, map_inputs, run_model, run_watched, tensors_of
 from offload_trainer.groups.slicing import named_tensors, rebuild, with_tensors
 
+logger = logging.getLogger(__name__)
+
 WHOLE_MODULES = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 """Modules whose forward computes widths from one another: their parameters are never sliced."""
 
@@ -71,12 +73,16 @@ def _traced(
         if not outputs:
             raise UserError(f"{failure}: it returns no tensor that could be found")
         skeleton.train()
-        try:
-            outputs += tensors_of(run_model(skeleton, inputs))
-            trace.trains = True
-        except Exception as error:  # labels asked for, layers dropped at random: evaluation has to do
-            if must_train or isinstance(error, UserError):
-                raise UserError(f"{failure}, in training: {str(error).splitlines()[0]}") from error
+        if must_train:
+            outputs += tensors_of(run_watched(skeleton, inputs, f"{failure} in training"))
+        else:
+            try:
+                outputs += tensors_of(run_model(skeleton, inputs))
+                trace.trains = True
+            except UserError:
+                raise
+            except Exception:  # labels asked for, layers dropped at random: evaluation has to do
+                logger.debug("%s does not run in training mode on these inputs", type(skeleton).__name__, exc_info=True)
     trace.pin(outputs, "an output of the model")
     trace.find_live(outputs)
     return trace

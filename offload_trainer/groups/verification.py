@@ -98,7 +98,8 @@ def _reached(
     if scale == 0 or any(output.isnan().any() for output in outputs):
         raise UserError("the model's outputs are zero or not a number on random weights, so nothing can be verified")
     with suppress(RuntimeError):  # outputs without a gradient: gating has to tell
-        sum((torch.randn(output.shape, generator=generator) * output).sum() for output in finite).backward()
+        noise = [torch.randn(output.shape, generator=generator) for output in finite]
+        torch.stack([(output * other).sum() for output, other in zip(finite, noise, strict=True)]).sum().backward()
     for handle in handles:
         handle.remove()
     full.requires_grad_(False)

@@ -31,6 +31,9 @@ WIDTHS: dict[type, dict[str, Rule]] = {
 """Convolutions and single-group norms need a second look: `_layer_rules`. Models add their own types with
 `find_groups(…, widths={Attention: {"num_heads": ("qkv.weight", 0)}})`."""
 
+_REPEATS = "num_key_value_groups"
+"""Query heads of one key/value head: constant, unless that one serves all (multi-query attention)."""
+
 _HEADS: tuple[Rule, ...] = tuple((f"{name}.weight", 0) for name in ("q_proj", "query", "query_proj", "q", "q_lin"))
 _HEADS += (("dense.weight", 1), ("o_proj.weight", 1), ("out_proj.weight", 1))
 _KEYS: tuple[Rule, ...] = (("k_proj.weight", 0), ("key.weight", 0), ("o_proj.weight", 1))
@@ -43,9 +46,11 @@ TRANSFORMERS: dict[str, dict[str, tuple[Rule, ...]]] = {
         **dict.fromkeys(("num_heads", "num_attention_heads", "n_heads", "embed_dim"), _HEADS),
         **dict.fromkeys(("all_head_size", "inner_dim"), _HEADS),
         "num_key_value_heads": _KEYS,
+        _REPEATS: (("q_proj.weight", 0),),
         "kv_lora_rank": (("kv_b_proj.weight", 1),),
     },
     "GPT2Attention": dict.fromkeys(("num_heads", "split_size", "embed_dim"), _FUSED),
+    "GPTBigCodeAttention": dict.fromkeys(("num_heads", "embed_dim", _REPEATS), (("c_proj.weight", 1),)),
     "Attention": dict.fromkeys(("n_head", "split_size"), _FUSED),  # the first GPT
     "Phi3Attention": {"config.num_attention_heads": _HEADS},
     "*Router": {"hidden_dim": (("weight", 1),)},
@@ -69,12 +74,20 @@ def fit_widths(module: nn.Module, plan: Plan, groups: Groups) -> None:
     Raises `UserError` for a rule that names what a module does not have, or a width that comes out fractional.
     """
     canonical = _canonical_names(module)
+
+    def change(path: str, rule: Rule) -> tuple[int, int]:
+        """Size of the axis that the rule names, before and after."""
+        full = canonical.get(f"{path}.{rule[0]}" if path else rule[0])
+        if full is None:
+            return 1, 1  # an affine-free norm
+        return groups.shapes[full][rule[1]], plan.shape(full)[rule[1]]
+
     for path, child in module.named_modules():
-        for attribute, (tensor, axis) in _rules_for(child, groups):
-            full = canonical.get(f"{path}.{tensor}" if path else tensor)
-            if full is None:
-                continue  # an affine-free norm
-            before, after = groups.shapes[full][axis], plan.shape(full)[axis]
+        for attribute, rule in _rules_for(child, groups):
+            before, after = change(path, rule)
+            if attribute == _REPEATS and rule == ("q_proj.weight", 0):
+                keys_before, keys_after = change(path, ("k_proj.weight", 0))
+                before, after = before * keys_after, after * keys_before
             if before != after:
                 where = f"{path}.{attribute}".lstrip(".")
                 _set(child, attribute, _scaled(attrgetter(attribute)(child), before, after, where))

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from offload_trainer.groups import axes as ax
 from offload_trainer.groups.axes import Axis
@@ -33,11 +33,11 @@ class Call:
         return next(v for v in self.arguments.values() if isinstance(v, Tensor))
 
     def tensors(self) -> list[Tensor]:
-        leaves = torch.utils._pytree.tree_leaves(self.arguments)
+        leaves = tree_leaves(self.arguments)
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     def outputs(self) -> list[Tensor]:
-        leaves = torch.utils._pytree.tree_leaves(self.out)
+        leaves = tree_leaves(self.out)
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     def dims(self, value: int | list[int] | None, ndim: int) -> list[int]:

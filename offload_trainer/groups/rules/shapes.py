@@ -51,6 +51,15 @@ def expand(call: Call) -> None:
     call.assign(out, [a if ax.size_of(a) == n else ax.fresh(n) for a, n in zip(axes, out.shape, strict=True)])
 
 
+@rule("as_strided_")
+def restride(call: Call) -> None:
+    """Average pools restride what they have just made, for a memory format; anything else could permute entries."""
+    out, axes = call.outputs()[0], call.axes_of(call.input)
+    if [ax.size_of(axis) for axis in axes] != list(out.shape) or not out.is_contiguous():
+        return pin_all(call, "as_strided")
+    call.assign(out, axes)
+
+
 @rule("repeat")
 def repeat(call: Call) -> None:
     axes, repeats = call.axes_of(call.input), call["repeats"]
@@ -239,5 +248,5 @@ def glu(call: Call) -> None:
     pieces = ax.cut(axes[dim], (half, half))
     if pieces is None:
         return pin_all(call, "a gate that cuts a unit")
-    ax.unify(*pieces)
+    ax.unify(pieces[0], pieces[1])
     call.assign(call.outputs()[0], [*axes[:dim], pieces[0], *axes[dim + 1 :]])

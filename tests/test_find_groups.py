@@ -1,0 +1,349 @@
+"""What can be sliced: every family is traced and proved; exact groups of the important ones; errors that help."""
+
+import resource
+import sys
+import time
+from fnmatch import fnmatch
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from offload_trainer import Groups, UserError, find_groups, verify_groups
+from offload_trainer.groups import rule
+from offload_trainer.groups.rules import RULES, pointwise
+from tests import models
+from tests.models import FAMILIES, MLP, ViT, images, llm, tokens, vectors
+
+
+def slots(groups: Groups, name: str) -> set[str]:
+    return {str(slot) for slot in groups.slots(name)}
+
+
+def units(groups: Groups) -> dict[str, int]:
+    return {group.name: group.units for group in groups}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_found_and_proved(family: str):
+    model, inputs = FAMILIES[family]()
+    groups = find_groups(model, inputs)
+    assert verify_groups(model, groups, inputs) < 2e-5
+    assert all(group.units > 1 for group in groups) and str(groups)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_llama(tied: bool):
+    """Grouped-query attention: one unit is a key/value head with its two query heads."""
+    groups = find_groups(llm("llama", tie_word_embeddings=tied), tokens())
+    layer = "model.layers.1"
+    assert slots(groups, f"{layer}.self_attn") == {
+        f"{layer}.self_attn.q_proj.weight:0:32",
+        f"{layer}.self_attn.k_proj.weight:0:16",
+        f"{layer}.self_attn.v_proj.weight:0:16",
+        f"{layer}.self_attn.o_proj.weight:1:32",
+    }
+    assert slots(groups, f"{layer}.mlp") == {
+        f"{layer}.mlp.gate_proj.weight:0",
+        f"{layer}.mlp.up_proj.weight:0",
+        f"{layer}.mlp.down_proj.weight:1",
+    }
+    assert units(groups) == {
+        "residual": 64,
+        **{f"model.layers.{i}.{part}": count for i in (0, 1) for part, count in (("self_attn", 2), ("mlp", 96))},
+    }
+    expected = {"model.embed_tokens.weight:1", "model.norm.weight:0"} | ({"lm_head.weight:1"} if not tied else set())
+    for i in (0, 1):
+        expected |= {f"model.layers.{i}.{norm}_layernorm.weight:0" for norm in ("input", "post_attention")}
+        expected |= {f"model.layers.{i}.self_attn.{p}_proj.weight:1" for p in "qkv"}
+        expected |= {f"model.layers.{i}.mlp.{p}_proj.weight:1" for p in ("gate", "up")}
+        expected |= {f"model.layers.{i}.self_attn.o_proj.weight:0", f"model.layers.{i}.mlp.down_proj.weight:0"}
+    assert slots(groups, "residual") == expected
+
+
+def test_multi_query_attention():
+    """One key/value head for all: the units are query heads, and the module's count of them follows."""
+    model = llm("llama", num_key_value_heads=1)
+    groups = find_groups(model, tokens())
+    layer = "model.layers.0.self_attn"
+    assert slots(groups, f"{layer}.q_proj") == {f"{layer}.q_proj.weight:0:16", f"{layer}.o_proj.weight:1:16"}
+    assert groups[f"{layer}.q_proj"].units == 4
+    verify_groups(model, groups, tokens())
+
+
+def test_interleaved_and_consecutive_fused_projections():
+    groups = find_groups(llm("gpt_neox"), tokens())
+    name = "gpt_neox.layers.0.attention"
+    assert slots(groups, f"{name}.query_key_value") == {
+        f"{name}.query_key_value.weight:0:48",
+        f"{name}.query_key_value.bias:0:48",
+        f"{name}.dense.weight:1:16",
+    }
+    groups = find_groups(llm("gpt2"), tokens())
+    name = "transformer.h.0.attn"
+    assert {str(s) for s in groups.slots(f"{name}.c_proj") if "c_attn.weight" in s.tensor} == {
+        f"{name}.c_attn.weight:1:16",
+        f"{name}.c_attn.weight:1:16:64",
+        f"{name}.c_attn.weight:1:16:128",
+    }
+    groups = find_groups(llm("phi3", pad_token_id=0), tokens())
+    name = "model.layers.0"
+    assert slots(groups, f"{name}.mlp.gate_up_proj") == {
+        f"{name}.mlp.gate_up_proj.weight:0",
+        f"{name}.mlp.gate_up_proj.weight:0:1:96",
+        f"{name}.mlp.down_proj.weight:1",
+    }
+    assert {str(s) for s in groups.slots(f"{name}.self_attn.qkv_proj") if "qkv" in s.tensor} == {
+        f"{name}.self_attn.qkv_proj.weight:0:32",
+        f"{name}.self_attn.qkv_proj.weight:0:16:64",
+        f"{name}.self_attn.qkv_proj.weight:0:16:96",
+    }
+
+
+def test_convolutions():
+    groups = find_groups(*FAMILIES["conv flatten linear"]())
+    assert slots(groups, "conv") == {
+        "conv.weight:0",
+        "conv.bias:0",
+        *(f"norm.{name}:0" for name in ("weight", "bias", "running_mean", "running_var")),
+        "hidden.weight:1:16",  # 4 × 4 pixels of a channel
+    }
+    groups = find_groups(*FAMILIES["unet"]())
+    assert {s for s in slots(groups, "down1.0") if s.startswith("join")} == {"join1.0.weight:1:1:8"}  # behind up1's 8
+    assert {s for s in slots(groups, "up1#2") if s.startswith("join")} == {"join1.0.weight:1"}
+    groups = find_groups(*FAMILIES["dense block"]())
+    assert {s for s in slots(groups, "layers.0.0") if s.endswith("weight:1:1:6")} == {
+        "layers.1.0.weight:1:1:6",
+        "layers.2.0.weight:1:1:6",
+        "head.weight:1:1:6",
+    }
+    groups = find_groups(*FAMILIES["grouped convolutions"]())
+    assert slots(groups, "stem") == {
+        "stem.weight:0:4", "stem.bias:0:4", "grouped.weight:0:6", "grouped.bias:0:6", "transposed.weight:0:6",
+        "transposed.bias:0:4", "multiplier.weight:0:8", "multiplier.bias:0:8", "head.weight:1:8",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "count"), [("vgg19_bn", 16), ("resnet32", 18), ("wrn28_10", 16), ("resnet50", 37)])
+def test_shipped_networks_are_sliced_everywhere(name: str, count: int):
+    model, inputs = FAMILIES[name]()
+    groups = find_groups(model, inputs)
+    assert len(groups) == count
+    whole = {tensor for tensor in groups.shapes if tensor not in groups.by_tensor}
+    assert all(tensor.endswith("num_batches_tracked") or tensor == "classifier.bias" for tensor in whole)
+
+
+def test_vit_heads_inside_a_threefold_projection():
+    groups = find_groups(ViT(), images())
+    assert {str(s) for s in groups.slots("attention.qkv") if s.tensor.endswith("qkv.weight")} == {
+        "attention.qkv.weight:0:6",
+        "attention.qkv.weight:0:6:24",
+        "attention.qkv.weight:0:6:48",
+    }
+    assert {"token:2", "positions:2", "head.weight:1"} <= slots(groups, "residual")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "gemma"])
+def test_the_tensor_parallel_plan_of_transformers_agrees(kind: str):
+    """base_model_tp_plan: colwise weights are cut on axis 0 by heads or features, rowwise ones on axis 1."""
+    model = llm(kind, head_dim=16)
+    groups = find_groups(model, tokens())
+    inner = {str(s) for group in groups if group.name != "residual" for s in group.slots}
+    checked = 0
+    for pattern, style in model.config.base_model_tp_plan.items():
+        if style in ("colwise", "rowwise"):
+            axis = 0 if style == "colwise" else 1
+            for name, shape in groups.shapes.items():
+                if len(shape) == 2 and fnmatch(name, f"model.{pattern}.weight"):
+                    assert any(s.split(":")[:2] == [name, str(axis)] for s in inner), (name, style)
+                    checked += 1
+    assert checked == 14  # q, k, v, o, gate, up, down of two layers
+
+
+def test_what_the_outputs_do_not_need_is_no_group_of_its_own():
+    groups = find_groups(models.Unused(), vectors(6))
+    assert units(groups) == {"first": 8}
+    # The pooler reads the units, so it is sliced with them, although its own output goes nowhere.
+    assert slots(groups, "first") == {"first.weight:0", "first.bias:0", "second.weight:1", "pooler.weight:1"}
+
+
+def test_branches_of_training_are_seen():
+    groups = find_groups(models.AuxiliaryHead(), vectors(6))
+    assert "auxiliary.weight:1" in slots(groups, "stem")
+
+
+def test_a_training_branch_that_cannot_run_is_left_out():
+    class NeedsLabels(MLP):
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+            if self.training and labels is None:
+                raise ValueError("labels, please")
+            return super().forward(x)
+
+    assert units(find_groups(NeedsLabels(), vectors(6))) == {"first": 8}
+
+
+def test_a_width_of_a_training_branch_is_missed_by_name():
+    class Auxiliary(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(-1, 8)
+
+    class TrainedView(MLP):
+        def __init__(self):
+            super().__init__()
+            self.auxiliary = Auxiliary()
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            return self.second(self.auxiliary(hidden) if self.training else hidden)
+
+    with pytest.raises(UserError, match=r"a width rule is missing .* in training: auxiliary \(Auxiliary\)"):
+        find_groups(TrainedView(), vectors(6))
+
+
+def test_the_model_and_its_inputs_are_left_alone():
+    model, inputs = FAMILIES["llama"]()
+    model.train()
+    before = {name: id(tensor) for name, tensor in model.named_parameters()}
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    find_groups(model, inputs)
+    assert {name: id(tensor) for name, tensor in model.named_parameters()} == before
+    assert all(module.training and not module._forward_hooks for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("form", ["tuple", "keywords"])
+def test_inputs_and_outputs_in_any_container(form: str):
+    class Wrapped(MLP):
+        def forward(self, x: Tensor, extra: Any = None) -> Any:  # type: ignore[override]
+            return {"nested": [SimpleNamespace(unread=1), (super().forward(x),)]}
+
+    inputs = vectors(6) if form == "tuple" else {"x": vectors(6)[0], "extra": None}
+    groups = find_groups(Wrapped(), inputs)
+    assert units(groups) == {"first": 8}
+    verify_groups(Wrapped(), groups, inputs)
+
+
+def test_eight_billion_parameters():
+    """DESIGN: under 20 s and 2 GB. Half of it is a copy, sliced, that must show the same groups."""
+    model = llm(
+        "llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8,
+    )  # fmt: skip
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    groups = find_groups(model, tokens())
+    assert time.monotonic() - start < 20
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024)
+    assert grown < 2 * 2**30
+    assert len(groups) == 65 and groups["residual"].units == 4096
+    assert len(str(groups).splitlines()) == 6, "32 layers are one row"
+    assert "model.layers.{0-31}.self_attn" in str(groups)
+
+
+# Errors
+
+
+class FFT(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 8), nn.Linear(8, 10), nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(torch.relu(self.second(torch.fft.fft(self.first(x)).real)))
+
+
+def test_an_op_without_a_rule_is_named_with_its_module():
+    model = nn.Sequential(nn.Linear(6, 6), FFT())
+    with pytest.raises(
+        UserError, match=r"^1 \(FFT\) uses aten::_fft_r2c, an op without a rule: add one with @.*rule\("
+    ) as caught:
+        find_groups(model, vectors(6))
+    assert "\n" not in str(caught.value)
+    assert units(find_groups(model, vectors(6), pin_unknown=True)) == {"0": 6, "1.second": 10}
+
+
+def test_a_rule_may_be_added(monkeypatch: pytest.MonkeyPatch):
+    with torch.library._scoped_library("offload_test", "FRAGMENT") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: 2 * x, "CompositeExplicitAutograd")
+
+        class Twice(MLP):
+            def forward(self, x: Tensor) -> Tensor:
+                return self.second(torch.ops.offload_test.twice(self.first(x)))
+
+        with pytest.raises(UserError, match="offload_test::twice"):
+            find_groups(Twice(), vectors(6))
+        rule("offload_test::twice")(pointwise)
+        assert units(find_groups(Twice(), vectors(6))) == {"first": 8}
+        del RULES["offload_test::twice"]
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.recurrent, self.head = nn.Embedding(61, 12), nn.LSTM(12, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.recurrent(self.embed(x))[0])
+
+
+class Nothing(MLP):
+    def forward(self, x: Tensor) -> None:  # type: ignore[override]
+        super().forward(x)
+
+
+class Deciding(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.second(hidden if hidden.sum() > 0 else -hidden)
+
+
+class FixedWidth(MLP):
+    """A view to a number that is written in the code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).view(-1, 8))
+
+
+class Rotated(MLP):
+    """Cut at a fixed place and glued the other way round: a sliced copy would run, and be wrong."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.first(x))
+        return self.second(torch.cat([hidden[:, 4:], hidden[:, :4]], 1))
+
+
+class FixedHeads(nn.Module):
+    """The number of heads stays while their width gives way: a sliced copy would run, and be wrong."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(6, 48), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 4, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "message"),
+    [
+        (nn.Linear(6, 5), vectors(6), "no group of units found in Linear: every axis is pinned .*an output"),
+        (Recurrent(), (torch.zeros(3, 7, dtype=torch.long),), "no group .*LSTM computes its widths itself"),
+        (Nothing(), vectors(6), "the model cannot be traced: it returns no tensor"),
+        (Deciding(), vectors(6), r"cannot be traced: the model \(Deciding\) raised DataDependent"),
+        (MLP(), vectors(7), r"the model cannot be traced: first \(Linear\) raised RuntimeError"),
+        (MLP(), (1, 2, 3), r"the model cannot be traced: the model \(MLP\) raised TypeError"),
+        (FixedWidth(), vectors(6), r"a sliced subnetwork does not run, a width rule is missing \(widths=…\)"),
+        (Rotated(), vectors(6), "group 'first' is not the same in a sliced subnetwork: second or a module around"),
+        (FixedHeads(), vectors(11, 6), "a width rule is missing|not the same in a sliced subnetwork"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_cannot_be_sliced_is_one_line(model: nn.Module, inputs: tuple, message: str):
+    with pytest.raises(UserError, match=message) as caught:
+        find_groups(model, inputs)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,128 @@
+"""Gather and write-back against plain advanced indexing."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from offload_trainer.device import memory, transfer
+from offload_trainer.device.transfer import Transfer, gather_into, scatter_from
+from offload_trainer.groups import Group, Groups, Plan, Slot
+from offload_trainer.master.slab import Slab
+
+Index = tuple[Tensor | None, ...]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Tensor, Index]:
+    shape = draw(st.lists(st.integers(1, 7), min_size=1, max_size=4))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool]))
+    index: list[Tensor | None] = []
+    for size in shape:
+        kept = draw(st.one_of(st.none(), st.sets(st.integers(0, size - 1), min_size=1)))
+        index.append(None if kept is None else torch.tensor(sorted(kept)))
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 9)))) * 100
+    return values.to(dtype), tuple(index)
+
+
+def mesh(full: Tensor, index: Index) -> tuple[Tensor, ...]:
+    every = [torch.arange(size) if kept is None else kept for kept, size in zip(index, full.shape, strict=True)]
+    return torch.meshgrid(*every, indexing="ij") if every else ()
+
+
+@pytest.fixture(autouse=True, params=[1, 60, 2**21], ids=["a row a chunk", "a few rows a chunk", "one chunk"])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(transfer, "CHUNK", request.param)
+
+
+@given(cases())
+def test_gather_is_indexing(case: tuple[Tensor, Index]):
+    full, index = case
+    before, expected = full.clone(), full[mesh(full, index)]
+    out = torch.zeros(expected.shape, dtype=full.dtype)
+    gather_into(out, full, index)
+    assert torch.equal(out, expected) and torch.equal(full, before)
+
+
+@given(cases())
+def test_write_back_changes_the_kept_entries_and_no_bit_of_the_others(case: tuple[Tensor, Index]):
+    full, index = case
+    places = mesh(full, index)
+    values = torch.zeros_like(full[places]) if full.dtype == torch.bool else -full[places] + 1
+    expected = full.clone()
+    expected[places] = values
+    scatter_from(values, full, index)
+    assert torch.equal(full.view(torch.uint8), expected.view(torch.uint8))
+
+
+@given(cases())
+def test_a_round_trip_without_training_changes_nothing(case: tuple[Tensor, Index]):
+    full, index = case
+    before = full.clone()
+    out = torch.zeros(full[mesh(full, index)].shape, dtype=full.dtype)
+    gather_into(out, full, index)
+    scatter_from(out, full, index)
+    assert torch.equal(full.view(torch.uint8), before.view(torch.uint8))
+
+
+def test_entries_outside_survive_whatever_they_hold():
+    """NaN and negative zero, which arithmetic would not keep."""
+    full = torch.full((5, 4), float("nan"))
+    full[1] = -0.0
+    before = full.view(torch.int32).clone()
+    scatter_from(torch.ones(2, 2), full, (torch.tensor([0, 4]), torch.tensor([1, 3])))
+    inside = torch.zeros(5, 4, dtype=torch.bool)
+    inside[[[0], [4]], [1, 3]] = True
+    assert bool((full[inside] == 1).all()) and torch.equal(full.view(torch.int32)[~inside], before[~inside])
+
+
+@pytest.fixture
+def pinned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Staging as on a GPU, without one: what is registered and not yet let go."""
+    held: list[int] = []
+    monkeypatch.setattr(memory, "register", lambda tensor: held.append(tensor.data_ptr()))
+    monkeypatch.setattr(memory, "unregister", lambda tensor: held.remove(tensor.data_ptr()))
+    return held
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sets(st.integers(0, 8), min_size=1), st.sets(st.integers(0, 2), min_size=1), st.booleans())
+def test_slabs_move_whole(pinned: list[int], units: set[int], heads: set[int], staged: bool):
+    """Through staging as on a GPU, and without; the delta is the norm of what changed."""
+    shapes = {"a": torch.Size([9, 6]), "b": torch.Size([9]), "c": torch.Size([3]), "count": torch.Size([])}
+    groups = Groups((Group("u", 9, (Slot("a", 0), Slot("b", 0))), Group("h", 3, (Slot("a", 1, 2),))), shapes)
+    plan = Plan(groups, {"u": sorted(units), "h": sorted(heads)})
+    generator = torch.Generator().manual_seed(0)
+    master = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    before = {name: tensor.clone() for name, tensor in master.items()}
+    moves = Transfer(torch.device("cpu"))
+    moves._staged = staged
+    slab = Slab({name: plan.shape(name) for name in shapes}, torch.float32)
+    moves.gather(master, slab, plan)
+    for name, part in slab.items():
+        assert torch.equal(part, master[name][mesh(master[name], plan.indices(name))])
+        part += 1
+    squared = moves.write_back(slab, master, plan, delta=True)
+    numel = sum(part.numel() for part in slab.values())
+    assert squared == pytest.approx(numel, rel=1e-5)
+    assert moves.bytes_moved == 2 * slab.nbytes
+    assert moves.staging_bytes == (slab.nbytes if staged else 0)
+    for name, tensor in master.items():
+        places = mesh(tensor, plan.indices(name))
+        before[name][places] += 1
+        assert torch.equal(tensor, before[name])
+    assert bool(pinned) == staged
+    moves.close()
+    assert moves.staging_bytes == 0 and not pinned
+
+
+def test_staging_is_reused_while_shapes_stay_and_replaced_when_they_change(pinned: list[int]):
+    moves = Transfer(torch.device("cpu"))
+    moves._staged = True
+    groups = Groups((Group("u", 4, (Slot("a", 0),)),), {"a": torch.Size([4, 2])})
+    for kept, rows in (([0, 1], 2), ([1, 3], 2), ([0, 1, 2], 3)):
+        plan = Plan(groups, {"u": kept})
+        slab = Slab({"a": plan.shape("a")}, torch.float32)
+        moves.gather({"a": torch.ones(4, 2)}, slab, plan)
+        assert slab["a"].shape == (rows, 2) and moves.staging_bytes == slab.nbytes and len(pinned) == 1
