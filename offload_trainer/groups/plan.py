@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from offload_trainer.errors import UserError
+from offload_trainer.groups.table import table
 
 Widths = Mapping[type, Mapping[str, tuple[str, int]]]
 """Module type → {attribute: (tensor name inside the module, axis)}: the attribute scales as that axis does."""
@@ -104,8 +105,6 @@ class Groups:
         return table
 
     def __str__(self) -> str:
-        from offload_trainer.groups.table import table
-
         return table(self)
 
 

@@ -1,11 +1,13 @@
 """`print(groups)`: layers that repeat are one row, as `model.layers.{0-31}.mlp`."""
 
 import re
+from typing import TYPE_CHECKING
 
-from offload_trainer.groups.plan import Group, Groups
+if TYPE_CHECKING:
+    from offload_trainer.groups.plan import Group, Groups
 
 
-def table(groups: Groups) -> str:
+def table(groups: "Groups") -> str:
     total = sum(shape.numel() for shape in groups.shapes.values()) or 1
     rows: list[tuple[str, str, str, str, str]] = [("group", "units", "slots", "parameters", "share of the model")]
     for members in _repeated(groups):
@@ -38,7 +40,7 @@ def table(groups: Groups) -> str:
     return "\n".join(lines)
 
 
-def _repeated(groups: Groups) -> list[list[Group]]:
+def _repeated(groups: "Groups") -> "list[list[Group]]":
     """Groups that differ only in one layer number, together, in the order of their first member."""
     families: dict[tuple, list[Group]] = {}
     for group in groups:

@@ -275,9 +275,7 @@ def _keep_ratios(names: list[str], keep: float, patterns: dict[str, float] | Non
     return {name: ratio for name, ratio in ratios.items() if ratio < 1}
 
 
-def _schedules(
-    ratios: dict[str, float], kind: ScheduleName, start: float | None, steps: int
-) -> dict[str, Schedule]:
+def _schedules(ratios: dict[str, float], kind: ScheduleName, start: float | None, steps: int) -> dict[str, Schedule]:
     """Name of each sampled group → its schedule."""
     if kind == "constant":
         _require(start is None, "start_keep", start, "be left out when structure.schedule is constant")

@@ -212,8 +212,8 @@ def _exporter(tokenizer: Any | None) -> Callable[[nn.Module, Path], str | None]:
             tokenizer.save_pretrained(folder)
         if config is None:
             return (
-                f"there is no config.json, since no {type(module.config).__name__} expresses widths that differ by layer "
-                "(structure.budget per_group does); offload_trainer.load_export loads it"
+                f"there is no config.json: no {type(module.config).__name__} known here expresses these widths (layers "
+                "that differ need structure.budget per_group); offload_trainer.load_export loads it"
             )
         return None
 

@@ -41,7 +41,7 @@ class Task:
     materialise: Callable[[nn.Module], None] | None = None
     """Initialises in place a model that was built on meta and now has real memory; random from torch's seed."""
     save_export: Callable[[nn.Module, Path], str | None] | None = None
-    """Writes what belongs beside `model.safetensors` (config, tokenizer); returns what a user must know, if anything."""
+    """Writes what belongs beside `model.safetensors`, such as a config; returns what a user must know, if anything."""
 
 
 def random_stream(seed: int, *key: int) -> np.random.Generator:
