@@ -65,7 +65,7 @@ def best_of(offloader: Offloader, samples: int, batches: Sequence[Any]) -> Plan:
 
 
 def save_export(module: nn.Module, plan: Plan, folder: Path) -> None:
-    """Into an existing folder: `model.safetensors`, and in `plan.json` the kept units, which say what it is a slice of."""
+    """Into an existing folder: `model.safetensors`, and in `plan.json` the kept units: what it is a slice of."""
     write_safetensors(folder / WEIGHTS, saved_tensors(module), {"format": "pt"})
     write_json(folder / PLAN, {"kept": {name: plan[name].tolist() for name in plan}})
 

@@ -205,9 +205,10 @@ def test_a_full_disk_is_found_before_writing(store: CheckpointStore, monkeypatch
     assert content(store) == before
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("anything"), KeyboardInterrupt()]
-)
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("error", [FULL, RuntimeError("anything"), KeyboardInterrupt()])
 def test_a_write_that_breaks_off_leaves_what_was_there(store: CheckpointStore, monkeypatch, error: BaseException):
     before = content(store)
 
