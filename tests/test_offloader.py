@@ -152,7 +152,7 @@ def test_the_reference_leaves_no_trace() -> None:
     for pairs in (1, 7):
         model = network()
         torch.manual_seed(5)
-        with offloader(model, lr=1e-30, paired_batches=pairs) as trainer:
+        with offloader(model, lr=0.0, paired_batches=pairs) as trainer:
             run(trainer, data(21))
         results.append({name: tensor.clone() for name, tensor in trainer.master.items()})
     for name, tensor in results[0].items():
@@ -186,7 +186,7 @@ def test_a_unit_that_comes_in_late_takes_no_oversized_step(late: int) -> None:
     model = nn.Sequential(nn.Linear(8, 40, bias=False), nn.Tanh(), nn.Linear(40, 3))
     lr = 1e-3
     groups = find_groups(model, (torch.zeros(3, 8),))
-    structure = Structure(groups, keep=0.5, lr=1e-30)
+    structure = Structure(groups, keep=0.5, lr=0.0)
     name = structure.names[0]
     structure.s[name].fill_(1.0)[30:] = 0.0  # units 30… are never drawn
     batch = (torch.randn(16, 8), torch.randint(3, (16,)))

@@ -25,7 +25,7 @@ GROUPS = [
         ({"keep": float("nan")}, "structure.keep (nan) must be in (0, 1]"),
         ({"alpha": 0.4}, "structure.alpha (0.4) must be in [0.5, 1)"),
         ({"alpha": 1.0}, "structure.alpha (1.0) must be in [0.5, 1)"),
-        ({"lr": 0.0}, "structure.lr (0.0) must be positive and finite"),
+        ({"lr": -0.1}, "structure.lr (-0.1) must be finite and not negative"),
         ({"paired_batches": 0}, "structure.paired_batches (0) must be at least 1"),
         ({"min_units": 0}, "structure.min_units (0) must be at least 1"),
         ({"min_units": 5}, "structure.min_units (5) must be at most 4, the units of layers.0.heads"),
@@ -33,15 +33,15 @@ GROUPS = [
         ({"sampler": "topk"}, "structure.sampler (topk) must be one of fixed, bernoulli"),
         ({"budget": "layer"}, "structure.budget (layer) must be one of per_group, global"),
         ({"schedule": "linear"}, "structure.schedule (linear) must be one of constant, cubic"),
-        ({"per_group_keep": {"*": 0.0}}, "structure.per_group_keep['*'] (0.0) must be in (0, 1]"),
+        ({"per_group_keep": {"*": 0.0}}, "structure.groups['*'] (0.0) must be in (0, 1]"),
         (
             {"per_group_keep": {"*mpl*": 0.5}},
-            "structure.per_group_keep ('*mpl*') must match a group that no earlier pattern matches; "
+            "structure.groups ('*mpl*') must match a group that no earlier pattern matches; "
             "the groups are residual, layers.0.mlp, layers.1.mlp, layers.0.heads",
         ),
         (
             {"per_group_keep": {"*": 0.5, "*mlp": 0.25}},
-            "structure.per_group_keep ('*mlp') must match a group that no earlier pattern matches; "
+            "structure.groups ('*mlp') must match a group that no earlier pattern matches; "
             "the groups are residual, layers.0.mlp, layers.1.mlp, layers.0.heads",
         ),
         (

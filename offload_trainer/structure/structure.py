@@ -46,7 +46,7 @@ class Structure:
     budget: "per_group": sum(s) <= keep * units in each group. "global": over all sampled units together. With
         "fixed", widths are constant under "per_group" and vary between draws under "global".
     min_units: units that every group keeps at least.
-    lr: step size of Adam on s, about how far s moves in an update.
+    lr: step size of Adam on s, about how far s moves in an update; 0: s stays as it starts.
     paired_batches: batches a round on which the two subnetworks are compared; d is the mean over them.
     schedule, start_keep, schedule_steps: "cubic" lowers the keep ratio from `start_keep` (1 if None) at step
         0 to each group's own at step `schedule_steps` (schedules.py).
@@ -89,7 +89,7 @@ class Structure:
             _require(value in choices, key, value, f"be one of {', '.join(choices)}")
         _require(0 < keep <= 1, "keep", keep, "be in (0, 1]")
         _require(0.5 <= alpha < 1, "alpha", alpha, "be in [0.5, 1)")
-        _require(0 < lr < math.inf, "lr", lr, "be positive and finite")
+        _require(0 <= lr < math.inf, "lr", lr, "be finite and not negative")
         _require(paired_batches >= 1, "paired_batches", paired_batches, "be at least 1")
         _require(min_units >= 1, "min_units", min_units, "be at least 1")
         units = {group.name: group.units for group in groups}
@@ -265,12 +265,12 @@ def _keep_ratios(names: list[str], keep: float, patterns: dict[str, float] | Non
     ratios = dict.fromkeys(names, keep if patterns is None else 1.0)
     free = names
     for pattern, ratio in (patterns or {}).items():
-        _require(0 < ratio <= 1, f"per_group_keep[{pattern!r}]", ratio, "be in (0, 1]")
+        _require(0 < ratio <= 1, f"groups[{pattern!r}]", ratio, "be in (0, 1]")
         matched = [name for name in free if fnmatchcase(name, pattern)]
         free = [name for name in free if name not in matched]
         some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         rule = f"match a group that no earlier pattern matches; the groups are {some or 'none'}"
-        _require(bool(matched), "per_group_keep", repr(pattern), rule)
+        _require(bool(matched), "groups", repr(pattern), rule)
         ratios.update(dict.fromkeys(matched, ratio))
     return {name: ratio for name, ratio in ratios.items() if ratio < 1}
 
