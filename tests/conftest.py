@@ -1,11 +1,14 @@
 """What every test starts from."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+torch.set_num_threads(1)  # for tensors this small threads cost more than they give
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # and in the processes that tests start
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():

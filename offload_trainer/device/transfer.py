@@ -39,21 +39,40 @@ def gather_into(out: Tensor, full: Tensor, index: Index) -> None:
                 target.copy_(torch.gather(block, axes[-1], columns))
 
 
-def scatter_from(values: Tensor, full: Tensor, index: Index) -> None:
-    """The elements of `full` at the kept indices ← values; all others stay bit for bit as they are."""
+def scatter_from(values: Tensor, full: Tensor, index: Index, *, delta: bool = False) -> float:
+    """The elements of `full` at the kept indices ← values; all others stay bit for bit as they are.
+
+    With `delta`, returns Σ (new − old)² over a floating-point tensor's kept elements; 0 otherwise.
+    """
     axes = [axis for axis, kept in enumerate(index) if kept is not None]
+    delta = delta and full.dtype.is_floating_point
+    squared = 0.0
     if not axes:
+        squared = _distance(values, full) if delta else 0.0
         full.copy_(values)
     elif len(axes) == 1:
-        full.index_copy_(axes[0], index[axes[0]], values)  # type: ignore[arg-type]
+        kept = index[axes[0]]
+        assert kept is not None
+        squared = _distance(values, full.index_select(axes[0], kept)) if delta else 0.0
+        full.index_copy_(axes[0], kept, values)
     elif len(axes) > 2:
-        full[torch.meshgrid(*[_all(k, n) for k, n in zip(index, full.shape, strict=True)], indexing="ij")] = values
+        places = torch.meshgrid(*[_all(k, n) for k, n in zip(index, full.shape, strict=True)], indexing="ij")
+        squared = _distance(values, full[places]) if delta else 0.0
+        full[places] = values
     else:
         for rows, part in _row_chunks(full, index, axes[0]):
             block = full.index_select(axes[0], rows)
             new = values.narrow(axes[0], part, len(rows))
-            block.scatter_(axes[1], _expanded(index[axes[1]], axes[1], new), new)
+            columns = _expanded(index[axes[1]], axes[1], new)
+            if delta:
+                squared += _distance(new, torch.gather(block, axes[1], columns))
+            block.scatter_(axes[1], columns, new)
             full.index_copy_(axes[0], rows, block)
+    return squared
+
+
+def _distance(new: Tensor, old: Tensor) -> float:
+    return float(torch.linalg.vector_norm(new - old)) ** 2
 
 
 def _all(kept: Tensor | None, size: int) -> Tensor:
@@ -109,12 +128,7 @@ class Transfer:
             source.flat.copy_(slab.flat)  # the host waits here for the round's last kernels
         squared = 0.0
         for name in slab:
-            index = plan.indices(name)
-            if delta and source[name].dtype.is_floating_point:
-                before = torch.empty_like(source[name])
-                gather_into(before, master[name], index)
-                squared += float(torch.linalg.vector_norm(before.sub_(source[name]))) ** 2
-            scatter_from(source[name], master[name], index)
+            squared += scatter_from(source[name], master[name], plan.indices(name), delta=delta)
         self.bytes_moved += slab.nbytes
         return squared
 
