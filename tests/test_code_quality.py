@@ -63,3 +63,8 @@ def test_no_module_shadows_another():
     """`accelerate launch offload_trainer/run.py` puts that folder first on the path."""
     ours = {path.stem for path in (ROOT / "offload_trainer").iterdir() if path.suffix == ".py" or path.is_dir()}
     assert not ours & (sys.stdlib_module_names | packages_distributions().keys())
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results():
+    done = subprocess.run([sys.executable, "tools/tables.py", "--check"], cwd=ROOT)
+    assert done.returncode == 0, "run: python tools/tables.py"
