@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 torch.set_num_threads(1)  # for tensors this small threads cost more than they give
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and in the processes that tests start
 
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

@@ -21,9 +21,7 @@ Loss = Callable[[Tensor], Tensor]  # masks (2^n, n) → losses (2^n,)
 
 def random_table(masks: Tensor) -> Tensor:
     """An arbitrary function on {0, 1}^n."""
-    return (
-        torch.randn(len(masks), generator=torch.Generator().manual_seed(len(masks)), dtype=torch.float64) + 3
-    )
+    return torch.randn(len(masks), generator=torch.Generator().manual_seed(len(masks)), dtype=torch.float64) + 3
 
 
 def tiny_network(masks: Tensor) -> Tensor:

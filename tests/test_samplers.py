@@ -10,9 +10,7 @@ from offload_trainer.structure import bernoulli, fixed
 from offload_trainer.structure.samplers import inclusion
 
 DRAWS = 4000
-probabilities = st.lists(
-    st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1.0, 1e-8])), min_size=1, max_size=10
-)
+probabilities = st.lists(st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1.0, 1e-8])), min_size=1, max_size=10)
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -108,9 +108,7 @@ def test_helpful_units_are_found(estimator: Any, sampler: Any, budget: Any):
     """Additive loss: the even units of each group lower it by 1 to 2, the odd ones do not change it."""
     groups = [Group("a", 12), Group("b", 8)]
     structure = Structure(groups, 0.5, estimator=estimator, sampler=sampler, budget=budget, seed=1)
-    helps = {
-        g.name: torch.where(torch.arange(g.units) % 2 == 0, torch.linspace(1, 2, g.units), 0) for g in groups
-    }
+    helps = {g.name: torch.where(torch.arange(g.units) % 2 == 0, torch.linspace(1, 2, g.units), 0) for g in groups}
 
     def loss(kept: dict[str, Tensor]) -> float:
         return -sum(float(helps[name][indices].sum()) for name, indices in kept.items())
