@@ -7,16 +7,17 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from offload_trainer.device import memory, ranks
+from offload_trainer.device.processes import supported
 from offload_trainer.device.subnet import TrainedSubnet
 from offload_trainer.device.workbench import Workbench
 from offload_trainer.errors import UserError
 from offload_trainer.groups import Groups, Plan, slice_module
 from offload_trainer.master import Master, StateLayout, probe_optimizer
-from offload_trainer.rounds import Boundary, Round, RoundReport, Spent, undivided
+from offload_trainer.master.interrupts import undivided
+from offload_trainer.rounds import Boundary, Round, RoundReport, Spent
 from offload_trainer.structure import Structure
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -30,8 +31,8 @@ class Offloader:
     loss_fn: `loss_fn(module, batch)` → scalar tensor, the mean over the batch.
     optimizer: makes the optimizer of a list of parameters.
     sync_every: K, optimizer steps between two samplings.
-    state: "carry" keeps the optimizer's moments of every entry in the master; "reset" starts them anew each round
-        and saves their host memory.
+    state: "carry" keeps the optimizer's moments of every entry in the master; "reset" starts them anew with every
+        round and saves their host memory.
     clip_norm: gradients are scaled down to this norm; None: never.
     compile: `torch.compile` the subnet; needs plans of constant widths.
 
@@ -54,16 +55,19 @@ class Offloader:
         compile: bool = False,
         materialise: Callable[[nn.Module], None] | None = None,
     ):
-        if sync_every < 1:
-            raise UserError(f"sync_every ({sync_every}) must be at least 1")
-        if compile and not structure.constant_widths:
-            raise UserError("memory.compile needs plans of constant widths: structure.sampler fixed, budget per_group")
         self.accelerator = accelerator or Accelerator()
-        kind = self.accelerator.distributed_type
-        if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-            raise UserError(
-                f"accelerate was configured for {kind.value}; one process or several without it are supported"
-            )
+        for holds, what in (
+            (sync_every >= 1, f"sync_every ({sync_every}) must be at least 1"),
+            (state in ("carry", "reset"), f"state ({state!r}) must be carry or reset"),
+            (clip_norm is None or clip_norm > 0, f"clip_norm ({clip_norm}) must be positive, or None"),
+            (
+                structure.constant_widths or not compile,
+                "memory.compile needs plans of constant widths: structure.sampler fixed, budget per_group",
+            ),
+            *supported(self.accelerator),
+        ):
+            if not holds:
+                raise UserError(what)
         self.device = self.accelerator.device
         self.groups, self.structure, self.loss_fn = groups, structure, loss_fn
         self.sync_every, self.clip_norm = sync_every, clip_norm
@@ -77,6 +81,7 @@ class Offloader:
         self.settled = False
         self.report = RoundReport()
         self.spent = Spent()
+        self._closed = False
         self._round: Round | None = None  # None between two rounds
         self._master = Master(model, layout, materialise=materialise, pin=self.device.type == "cuda")
         self._bench = Workbench(
@@ -110,7 +115,9 @@ class Offloader:
 
     def step(self) -> None:
         """Optimizer step on the subnet, with gradients averaged over the ranks; every K-th call ends the round."""
-        running, subnet = self._running(), self._bench.subnet
+        if self._round is None or not self._round.losses:
+            raise RuntimeError("step() follows loss() and a backward pass: this round has seen no loss yet")
+        running, subnet = self._round, self._bench.subnet
         ranks.average_gradients(self.accelerator, subnet.parameters)
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(subnet.parameters.values()), self.clip_norm)
@@ -129,7 +136,6 @@ class Offloader:
         """End the running round now, however few steps it had; afterwards the master is complete."""
         if self._round is not None and self._round.steps:
             self._end_round(self._round)
-        self._round = None
 
     def settle(self) -> None:
         """From the next round on train the units of the largest s only, and leave s as it is."""
@@ -148,7 +154,7 @@ class Offloader:
             if kind is None:
                 self.finish_round()
         finally:
-            self._round = None
+            self._round, self._closed = None, True
             self._bench.close()
             self._master.close()
 
@@ -215,8 +221,6 @@ class Offloader:
         """
         if self._boundary is None:
             raise RuntimeError("a write-back was broken off: the master is not that of any step")
-        if self._round is None:
-            self._bench.forget_moments()  # what is not carried starts anew, as it must in a resumed run
         return self._boundary
 
     def load_boundary(self, boundary: Boundary) -> None:
@@ -238,7 +242,7 @@ class Offloader:
             "rounds": self.rounds,
             "settled": self.settled,
             "clock": self._bench.clock,
-            "trained": self._bench.carried_plan,
+            "trained": self._bench.trained,
             "scalars": {name: dict(scalars) for name, scalars in self._master.scalars.items()},
             "report": asdict(self.report),
         }
@@ -247,6 +251,8 @@ class Offloader:
     # The round
 
     def _running(self) -> Round:
+        if self._closed:
+            raise RuntimeError("the offloader is closed: train within its `with` block")
         if self._round is None:
             self._begin_round()
         assert self._round is not None
@@ -283,7 +289,11 @@ class Offloader:
             difference = ranks.mean(self.accelerator, torch.stack(running.differences).mean())
         losses = torch.stack(running.losses)
         ranks.average_(self.accelerator, [losses])
-        running.require_finite(losses, self._bench.subnet.is_finite(), self.steps, self.rounds)
+        try:
+            running.require_finite(losses, self._bench.subnet.is_finite(), self.steps, self.rounds)
+        except UserError:
+            self.load_boundary(self.boundary())  # as if the round had never begun
+            raise
         with undivided():  # an interrupt waits: half a write-back would be no state at all
             self._boundary = None
             start, moved = time.perf_counter(), self._bench.bytes_moved
@@ -295,6 +305,7 @@ class Offloader:
             self.report.difference = difference
             if difference is not None:
                 self.structure.update(difference)
+            self._bench.subnet.optimizer.zero_grad()  # of a batch that was never followed by a step
             self.rounds += 1
             self._round = None
             self._boundary = self._make_boundary()

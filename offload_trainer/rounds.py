@@ -1,7 +1,5 @@
 """What a round cost and did, and where a run's time went."""
 
-import signal
-import threading
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -51,26 +49,6 @@ class Boundary:
     """States of the generators that dropout draws from."""
 
 
-@contextmanager
-def undivided():
-    """Hold an interrupt (Ctrl-C, SIGTERM where it raises) back until the block is done."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread is interrupted
-        return
-    held: list[Any] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number, handler in before.items():
-        if callable(handler):
-            signal.signal(number, lambda number, frame: held.append(number))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    for number in held:
-        signal.raise_signal(number)
-
-
 @dataclass
 class RoundReport:
     """How the running round (or the last, if none is) began, and how the last finished one ended."""
@@ -102,8 +80,10 @@ class Spent:
     @contextmanager
     def on(self, what: str):
         start = time.perf_counter()
-        yield
-        setattr(self, what, getattr(self, what) + time.perf_counter() - start)
+        try:
+            yield
+        finally:
+            setattr(self, what, getattr(self, what) + time.perf_counter() - start)
 
 
 class Meter:

@@ -50,10 +50,12 @@ def test_write_back_changes_the_kept_entries_and_no_bit_of_the_others(case: tupl
     full, index = case
     places = mesh(full, index)
     values = torch.zeros_like(full[places]) if full.dtype == torch.bool else -full[places] + 1
-    expected = full.clone()
+    expected, moved = full.clone(), (values.double() - full[places].double()).square().sum().item()
     expected[places] = values
-    scatter_from(values, full, index)
+    squared = scatter_from(values, full, index, delta=True)
     assert torch.equal(full.view(torch.uint8), expected.view(torch.uint8))
+    assert squared == (pytest.approx(moved, rel=2e-2) if full.dtype.is_floating_point else 0)
+    assert scatter_from(values, full, index) == 0, "not asked for"
 
 
 @given(cases())

@@ -114,6 +114,12 @@ class NotANumber(MLP):
         return torch.log(-1 - super().forward(x).abs())
 
 
+class PartlyNotANumber(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return torch.cat([out, torch.log(-1 - out.abs())], 1)
+
+
 class Ignored(nn.Module):
     """One branch does not count."""
 
@@ -136,6 +142,7 @@ class Position(MLP):
         (Constant(), r"outputs do not depend on group 'first' \(first slot first.weight:0\)"),
         (Zero(), "outputs are zero or not a number on random weights, so nothing can be verified"),
         (NotANumber(), "outputs are zero or not a number on random weights, so nothing can be verified"),
+        (PartlyNotANumber(), "outputs are zero or not a number on random weights, so nothing can be verified"),
         (Ignored(), r"outputs do not depend on group 'two.first' \(first slot two.first.weight:0\)"),
         (Position(), "outputs are zero or not a number"),
     ],

@@ -4,6 +4,8 @@ import os
 
 import psutil
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from offload_trainer.errors import UserError
 
@@ -27,6 +29,20 @@ def require_devices() -> None:
             f"{processes} GPUs were asked for, one per process, and this machine has {there}"
             + ("" if there else "; on its CPU, start processes with torchrun --nproc_per_node")
         )
+
+
+def supported(accelerator: Accelerator) -> list[tuple[bool, str]]:
+    """What is asked of an accelerator, each with the error if it does not hold."""
+    kind, parts = accelerator.distributed_type, accelerator.gradient_accumulation_steps
+    known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    return [
+        (kind in known, f"accelerate was configured for {kind.value}; start one process or several without it"),
+        (
+            parts == 1,
+            f"gradient_accumulation_steps ({parts}) must be 1: call loss() and backward several times a step()",
+        ),
+        (accelerator.mixed_precision != "fp16", "mixed_precision (fp16) must be no or bf16: losses are not scaled"),
+    ]
 
 
 def _launched_with(option: str) -> int:

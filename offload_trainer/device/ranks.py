@@ -26,6 +26,15 @@ def average_(accelerator: Accelerator, tensors: Iterable[Tensor]) -> None:
 
 
 def average_gradients(accelerator: Accelerator, parameters: Mapping[str, nn.Parameter]) -> None:
+    """A parameter that some rank's share of the batch did not reach counts there with a gradient of zero."""
+    if accelerator.num_processes == 1:
+        return
+    device = accelerator.device
+    there = torch.tensor([float(p.grad is not None) for p in parameters.values()], device=device)
+    anywhere: Any = accelerator.reduce(there, reduction="sum")
+    for parameter, count in zip(parameters.values(), anywhere.tolist(), strict=True):
+        if count and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     average_(accelerator, [p.grad for p in parameters.values() if p.grad is not None])
 
 

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from offload_trainer.device.transfer import Transfer
+from offload_trainer.errors import UserError
 from offload_trainer.groups.plan import Plan
 from offload_trainer.groups.slicing import rebuild
-from offload_trainer.master.master import Master, by_dtype
+from offload_trainer.master.master import Master
 from offload_trainer.master.moments import OptimizerFactory, StateLayout, read_scalars, set_scalars
-from offload_trainer.master.slab import Slab
+from offload_trainer.master.slab import Slab, by_dtype
 
 
 class Subnet:
@@ -16,9 +17,8 @@ class Subnet:
 
     def __init__(self, master: Master, plan: Plan, transfer: Transfer, device: torch.device):
         self._master, self._transfer = master, transfer
-        shapes = {name: plan.shape(name) for name in master.tensors}
-        tables = by_dtype(master.tensors)
-        self.slabs = [Slab({n: shapes[n] for n in table}, dtype, device) for dtype, table in tables.items()]
+        entries = {name: (tensor.dtype, plan.shape(name)) for name, tensor in master.tensors.items()}
+        self.slabs = [Slab(shapes, dtype, device) for dtype, shapes in by_dtype(entries).items()]
         views = {name: view for slab in self.slabs for name, view in slab.items()}
         self.module: nn.Module = rebuild(master.model, views, plan, plan.groups).train()
         self.load(plan)
@@ -36,10 +36,6 @@ class Subnet:
     def write_back(self, *, delta: bool) -> float:
         """Values → master; with `delta`, the squared norm of the change of all floating-point tensors."""
         return sum(self._transfer.write_back(s, self._master.tensors, self.plan, delta=delta) for s in self.slabs)
-
-    def is_finite(self) -> bool:
-        """Whether every parameter is finite. The host waits for the device here."""
-        return bool(torch.stack([parameter.isfinite().all() for parameter in self.module.parameters()]).all())
 
     @property
     def nbytes(self) -> int:
@@ -70,11 +66,19 @@ class TrainedSubnet(Subnet):
         self._layout, self._carry, self._sampled = layout, carry, sampled
         named = dict(self.module.named_parameters())
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in named.items() if p.requires_grad}
-        shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
-        self._moments: dict[str, Slab] = {}
         self.optimizer = factory(list(self.parameters.values()))
-        if carry:
-            self._moments = {m: Slab(shapes, dtype, device) for m, dtype in layout.moments.items()}
+        if layout.corrected and len({tuple(group["betas"]) for group in self.optimizer.param_groups}) > 1:
+            raise UserError("the optimizer's parameter groups differ in betas: use one pair, or optimizer.state: reset")
+        self._moment_slabs: list[tuple[str, Slab]] = []
+        self._moments: dict[str, dict[str, Tensor]] = {}
+        entries = {name: (parameter.dtype, parameter.shape) for name, parameter in self.parameters.items()}
+        for moment in layout.moments if carry else ():
+            table = by_dtype(layout.entries(moment, entries))
+            slabs = [Slab(shapes, dtype, device) for dtype, shapes in table.items()]
+            for slab in slabs:
+                slab.flat.zero_()  # a parameter that gets no gradient is written back as well
+            self._moment_slabs += [(moment, slab) for slab in slabs]
+            self._moments[moment] = {name: view for slab in slabs for name, view in slab.items()}
         self.load_moments(clock)
 
     def load_moments(self, clock: int, *, gather: bool = True) -> None:
@@ -83,12 +87,11 @@ class TrainedSubnet(Subnet):
         `gather=False` when the plan has not changed: what the last write-back left is what the master holds.
         """
         if not self._carry:
-            if gather:
-                self.optimizer.state.clear()
+            self.optimizer.state.clear()
             return
         if not self._master.scalars:
             return  # the first round: the optimizer makes its state as it would in plain training
-        for moment, slab in self._moments.items():
+        for moment, slab in self._moment_slabs:
             if gather:
                 self._transfer.gather(self._master.moments[moment], slab, self.plan)
             for name in slab:
@@ -100,7 +103,7 @@ class TrainedSubnet(Subnet):
                 self.optimizer.state.pop(parameter, None)
                 continue
             state = self.optimizer.state[parameter]
-            state.update({moment: slab[name] for moment, slab in self._moments.items()})
+            state.update({moment: views[name] for moment, views in self._moments.items()})
             set_scalars(state, self._layout, {**scalars, "step": clock} if self._mixed(name) else scalars)
 
     def write_back_moments(self) -> None:
@@ -109,14 +112,20 @@ class TrainedSubnet(Subnet):
             return
         states = {name: self.optimizer.state[p] for name, p in self.parameters.items() if self.optimizer.state[p]}
         self._master.scalars.update(read_scalars(states.items(), self._layout))
-        for moment, slab in self._moments.items():
-            for name, state in states.items():
-                live: Tensor = state[moment]
+        for moment, slab in self._moment_slabs:
+            for name in slab.keys() & states.keys():
+                live: Tensor = states[name][moment]
                 if live.data_ptr() != slab[name].data_ptr():
                     slab[name].copy_(live)  # the optimizer made its own in the first round
                 if self._mixed(name):
-                    slab[name].div_(self._layout.correction(moment, float(state.get("step", 0))))
+                    slab[name].div_(self._layout.correction(moment, float(states[name].get("step", 0))))
             self._transfer.write_back(slab, self._master.moments[moment], self.plan)
+
+    def is_finite(self) -> bool:
+        """Whether every parameter and every moment is finite. The host waits for the device here."""
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        moments = [value for value in states if isinstance(value, Tensor) and value.ndim]
+        return bool(torch.stack([tensor.isfinite().all() for tensor in [*self.parameters.values(), *moments]]).all())
 
     def _mixed(self, name: str) -> bool:
         """Whether the parameter's entries may have been trained for different numbers of steps."""
@@ -124,4 +133,4 @@ class TrainedSubnet(Subnet):
 
     @property
     def moment_bytes(self) -> int:
-        return sum(slab.nbytes for slab in self._moments.values())
+        return sum(slab.nbytes for _, slab in self._moment_slabs)

@@ -18,7 +18,7 @@ class Workbench:
     """Puts plans on the device and their results back. Tensors are reused in place while plans keep their shapes.
 
     sampled: the tensors that some plan slices, so that their entries differ in age.
-    carry: the optimizer's moments come and go with the weights; else they start anew with every plan.
+    carry: the optimizer's moments come and go with the weights; else they start anew with every round.
     """
 
     def __init__(
@@ -104,15 +104,6 @@ class Workbench:
         self.subnet.write_back_moments()
         self.clock += steps
         return norm
-
-    @property
-    def carried_plan(self) -> str:
-        """Digest of the plan whose moments the master holds; moments that are not carried are on the device alone."""
-        return self.trained if self._carry else ""
-
-    def forget_moments(self) -> None:
-        """Start moments that are not carried anew with the next round, whatever its plan."""
-        self.trained = self.carried_plan
 
     def clear(self) -> None:
         self._subnet = self._reference = self.forward = None

@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_map
 
 from offload_trainer.groups.plan import Plan
 from offload_trainer.groups.slicing import named_tensors, rebuild
-from offload_trainer.master.master import by_dtype, master_bytes
+from offload_trainer.master.master import master_bytes
 from offload_trainer.master.moments import StateLayout
-from offload_trainer.master.slab import slab_bytes
+from offload_trainer.master.slab import by_dtype, slab_bytes
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,10 @@ def predict(
     """
     tensors = named_tensors(model)
     small = {name: plan.shape(name) for name in tensors}
-    tables = by_dtype(tensors).items()
-    weights = sum(slab_bytes({name: small[name] for name in table}, dtype) for dtype, table in tables)
-    trained = {name: small[name] for name, p in model.named_parameters() if p.requires_grad}
-    gradients = sum(shape.numel() * tensors[name].element_size() for name, shape in trained.items())
-    moments = {moment: slab_bytes(trained, dtype) for moment, dtype in layout.moments.items()}
+    weights = _bytes({name: (t.dtype, small[name]) for name, t in tensors.items()})
+    trained = {name: (p.dtype, small[name]) for name, p in model.named_parameters() if p.requires_grad}
+    gradients = sum(shape.numel() * dtype.itemsize for dtype, shape in trained.values())
+    moments = {moment: _bytes(layout.entries(moment, trained)) for moment in layout.moments}
     host = master_bytes(model, layout)
     disk = {"one checkpoint": sum(host.values())}
     if staged:
@@ -101,6 +100,10 @@ def activation_bytes(
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss_fn(module, inputs)
     return sum(size for storage, size in seen.items() if storage not in own)
+
+
+def _bytes(entries: Mapping[str, tuple[torch.dtype, torch.Size]]) -> int:
+    return sum(slab_bytes(shapes, dtype) for dtype, shapes in by_dtype(entries).items())
 
 
 def _mib(size: int) -> str:

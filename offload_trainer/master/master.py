@@ -3,12 +3,11 @@
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-import torch
 from torch import Tensor, nn
 
 from offload_trainer.groups.slicing import named_tensors
 from offload_trainer.master.moments import StateLayout
-from offload_trainer.master.slab import Slab, slab_bytes
+from offload_trainer.master.slab import Slab, by_dtype, slab_bytes
 
 
 class Master:
@@ -34,7 +33,7 @@ class Master:
         tensors: dict[str, Tensor] = {}
         full = named_tensors(model)
         meta = any(tensor.is_meta for tensor in full.values())
-        for dtype, shapes in by_dtype(full).items():
+        for dtype, shapes in by_dtype({name: (t.dtype, t.shape) for name, t in full.items()}).items():
             slab = Slab(shapes, dtype, pin=pin)
             self._slabs.append(slab)
             tensors.update(slab)
@@ -47,11 +46,15 @@ class Master:
         self.tensors: Mapping[str, Tensor] = MappingProxyType({name: tensors[name] for name in names})
         self.trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         self.moments: dict[str, Mapping[str, Tensor]] = {}
-        for moment, dtype in (layout.moments if layout else {}).items():
-            slab = Slab({name: self.tensors[name].shape for name in names if name in self.trainable}, dtype, pin=pin)
-            slab.flat.zero_()
-            self._slabs.append(slab)
-            self.moments[moment] = slab
+        trained = {n: (t.dtype, t.shape) for n, t in self.tensors.items() if n in self.trainable}
+        for moment in layout.moments if layout else ():
+            views: dict[str, Tensor] = {}
+            for dtype, shapes in by_dtype(layout.entries(moment, trained)).items():
+                slab = Slab(shapes, dtype, pin=pin)
+                slab.flat.zero_()
+                self._slabs.append(slab)
+                views.update(slab)
+            self.moments[moment] = MappingProxyType({name: views[name] for name in trained})
         self.scalars: dict[str, dict[str, float]] = {}
 
     @property
@@ -65,19 +68,13 @@ class Master:
 
 def master_bytes(model: nn.Module, layout: StateLayout | None) -> dict[str, int]:
     """Bytes of the slabs a master of this model would hold: weights and buffers, then each moment."""
-    tensors = named_tensors(model)
+    tensors = {name: (t.dtype, t.shape) for name, t in named_tensors(model).items()}
+    trained = {name: (p.dtype, p.shape) for name, p in model.named_parameters() if p.requires_grad}
     sizes = {"weights": sum(slab_bytes(shapes, dtype) for dtype, shapes in by_dtype(tensors).items())}
-    trained = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
-    for moment, dtype in (layout.moments if layout else {}).items():
-        sizes[moment] = slab_bytes(trained, dtype)
+    for moment in layout.moments if layout else ():
+        table = by_dtype(layout.entries(moment, trained))
+        sizes[moment] = sum(slab_bytes(shapes, dtype) for dtype, shapes in table.items())
     return sizes
-
-
-def by_dtype(tensors: Mapping[str, Tensor]) -> dict[torch.dtype, dict[str, torch.Size]]:
-    table: dict[torch.dtype, dict[str, torch.Size]] = {}
-    for name, tensor in tensors.items():
-        table.setdefault(tensor.dtype, {})[name] = tensor.shape
-    return table
 
 
 def _adopt(model: nn.Module, name: str, view: Tensor) -> None:
@@ -86,6 +83,9 @@ def _adopt(model: nn.Module, name: str, view: Tensor) -> None:
     old = getattr(model.get_submodule(path), leaf)
     if not old.is_meta:
         view.copy_(old.detach())
+        if old.device == view.device:
+            old.data = view  # the same object: whatever else the model keeps it as goes with it
+            return
     new = nn.Parameter(view, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else view
     for module in model.modules():
         for table in (module._parameters, module._buffers):

@@ -30,7 +30,8 @@ _ADAM_BETA = {"exp_avg": 0, "exp_avg_sq": 1, "max_exp_avg_sq": 1}
 class StateLayout:
     """What an optimizer keeps: moments (of the parameter's shape) by name, and scalars with where they live."""
 
-    moments: Mapping[str, torch.dtype]
+    moments: Mapping[str, torch.dtype | None]
+    """Name → dtype; None: that of the parameter."""
     scalars: Mapping[str, Any]
     """Name → an example value: a tensor without dimensions, or a number."""
     betas: tuple[float, float] | None
@@ -44,6 +45,13 @@ class StateLayout:
     def horizon(self) -> int:
         """The clock, in steps, at which a round over entries of mixed age may start at most."""
         return int(1 / (1 - self.betas[0]) ** 2) if self.betas else 0
+
+    def entries(
+        self, moment: str, parameters: Mapping[str, tuple[torch.dtype, torch.Size]]
+    ) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """Dtype and shape of a moment of each parameter."""
+        own = self.moments[moment]
+        return {name: (own or dtype, shape) for name, (dtype, shape) in parameters.items()}
 
     def correction(self, moment: str, clock: float) -> float:
         """1 − βᵗ of a moment; 1 where the optimizer corrects nothing (or before its first step)."""
@@ -64,11 +72,11 @@ def probe_optimizer(factory: OptimizerFactory, dtype: torch.dtype, device: torch
         raise UserError(f"optimizer(params) must return a torch optimizer, it returned {type(optimizer).__name__}")
     parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    moments: dict[str, torch.dtype] = {}
+    moments: dict[str, torch.dtype | None] = {}
     scalars: dict[str, Any] = {}
     for name, value in optimizer.state[parameter].items():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
-            moments[name] = value.dtype
+            moments[name] = None if value.dtype == dtype else value.dtype
         elif isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0):
             scalars[name] = value
         elif value is not None:
@@ -77,7 +85,14 @@ def probe_optimizer(factory: OptimizerFactory, dtype: torch.dtype, device: torch
                 f"{type(optimizer).__name__} keeps {name!r} as {what}, not of the parameter's shape: "
                 "it cannot be carried between rounds, use optimizer.state: reset"
             )
-    return StateLayout(moments, scalars, optimizer.param_groups[0].get("betas"))
+    layout = StateLayout(moments, scalars, optimizer.param_groups[0].get("betas"))
+    if layout.corrected and scalars.keys() != {"step"}:
+        others = ", ".join(scalars.keys() - {"step"})
+        raise UserError(
+            f"{type(optimizer).__name__} corrects its moments by {others} as well, which differs between entries of "
+            "different age: it cannot be carried between rounds, use optimizer.state: reset"
+        )
+    return layout
 
 
 def set_scalars(state: dict[str, Any], layout: StateLayout, values: Mapping[str, float]) -> None:

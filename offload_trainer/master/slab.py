@@ -17,6 +17,14 @@ def slab_bytes(shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> int:
     return sum(_padded(shape.numel(), dtype) for shape in shapes.values()) * dtype.itemsize
 
 
+def by_dtype(tensors: Mapping[str, tuple[torch.dtype, torch.Size]]) -> dict[torch.dtype, dict[str, torch.Size]]:
+    """dtype → name → shape: a slab holds one dtype."""
+    table: dict[torch.dtype, dict[str, torch.Size]] = {}
+    for name, (dtype, shape) in tensors.items():
+        table.setdefault(dtype, {})[name] = shape
+    return table
+
+
 def _padded(numel: int, dtype: torch.dtype) -> int:
     unit = max(1, ALIGNMENT // dtype.itemsize)
     return -(-numel // unit) * unit

@@ -1,0 +1,26 @@
+"""Blocks that an interrupt must not divide."""
+
+import signal
+import threading
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def undivided():
+    """Hold an interrupt (Ctrl-C, SIGTERM where it raises) back until the block is done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+    held: list[int] = []
+    before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if callable(handler):
+            signal.signal(number, lambda number, frame: held.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in held:
+            signal.raise_signal(number)
