@@ -137,6 +137,11 @@ class Offloader:
         if self._round is not None and self._round.steps:
             self._end_round(self._round)
 
+    @property
+    def between_rounds(self) -> bool:
+        """Whether no round is running: the master is complete."""
+        return self._round is None
+
     def settle(self) -> None:
         """From the next round on train the units of the largest s only, and leave s as it is."""
         self.settled = True

@@ -16,7 +16,15 @@ from offload_trainer.device.processes import require_devices
 from offload_trainer.errors import UserError
 from offload_trainer.groups import Groups, Plan, find_groups, read_rules, verify_groups
 from offload_trainer.groups.slicing import named_tensors
-from offload_trainer.master import Checkpoint, Ledger, StateLayout, find_checkpoint, predict, probe_optimizer
+from offload_trainer.master import (
+    Checkpoint,
+    CheckpointStore,
+    Ledger,
+    StateLayout,
+    find_checkpoint,
+    predict,
+    probe_optimizer,
+)
 from offload_trainer.structure import Structure
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -132,9 +140,9 @@ def checkpoint_to_resume(
     """The checkpoint that `resume` names, checked against this run from its headers alone."""
     if config.resume is None:
         return None
+    folder = out / "checkpoints"
     if config.resume == "auto":
-        folder = out / "checkpoints"
-        if not folder.is_dir() or not any(folder.iterdir()):
+        if CheckpointStore(folder).is_empty():
             return None  # a first start with the same command line
         checkpoint = find_checkpoint(folder)
     else:
@@ -145,11 +153,26 @@ def checkpoint_to_resume(
         raise UserError(
             f"steps ({config.steps}) must be at least {checkpoint.meta['step']}, where {checkpoint.path} stands"
         )
-    for key, here in (("sync_every", config.sync_every), ("seed", config.seed)):
-        there = checkpoint.meta[key]
+    for key, here in resumable(config).items():
+        there = checkpoint.meta["config"].get(key)
         if there != here:
             raise UserError(f"{key} ({here}) must be {there}, as in the checkpoint {checkpoint.path}")
     return checkpoint
+
+
+def resumable(config: Config) -> dict[str, object]:
+    """What a resumed run must share with the run it goes on with; the rest of a config may change."""
+    structure = config.structure
+    return {
+        "sync_every": config.sync_every,
+        "seed": config.seed,
+        "optimizer.kind": config.optimizer.kind,
+        "optimizer.state": config.optimizer.state,
+        "structure.sampler": structure.sampler,
+        "structure.budget": structure.budget,
+        "structure.keep": structure.keep if structure.uses_keep else None,
+        "structure.groups": structure.groups,
+    }
 
 
 def require_writable(out: Path) -> None:
@@ -159,5 +182,11 @@ def require_writable(out: Path) -> None:
         probe = out / f".writable-{os.getpid()}"
         probe.touch()
         probe.unlink()
+        for name in ("checkpoints", "export"):
+            if (out / name).exists() and not (out / name).is_dir():
+                raise UserError(f"out ({out}): {name} in it must be a folder, it is a file")
+        for name in ("metrics.jsonl", "summary.json"):
+            if (out / name).is_dir():
+                raise UserError(f"out ({out}): {name} in it must be a file, it is a folder")
     except OSError as error:
         raise UserError(f"out ({out}) must be a folder that can be written: {error.strerror or error}") from error

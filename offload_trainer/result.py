@@ -1,6 +1,7 @@
 """What a run leaves: the plan of the result, its BatchNorm recalibrated, as a small dense model on disk."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def recalibrate(module: nn.Module, batches: Sequence[Any], loss_fn: LossFn, acce
         norm.momentum = None  # a plain average over the batches
         norm.train()
     for batch in batches:
-        loss_fn(module, send_to_device(batch, accelerator.device))
+        with accelerator.autocast():
+            loss_fn(module, send_to_device(batch, accelerator.device))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     ranks.average_buffers(accelerator, module)
@@ -59,9 +61,10 @@ def best_of(offloader: Offloader, samples: int, batches: Sequence[Any]) -> Plan:
         module.eval()
         total = torch.zeros((), device=offloader.device)
         for batch in batches:
-            total += offloader.loss_fn(module, send_to_device(batch, offloader.device))
+            with offloader.accelerator.autocast():
+                total += offloader.loss_fn(module, send_to_device(batch, offloader.device))
         losses.append(ranks.mean(offloader.accelerator, total))
-    return plans[min(range(len(plans)), key=losses.__getitem__)]
+    return plans[min(range(len(plans)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)]
 
 
 def save_export(module: nn.Module, plan: Plan, folder: Path) -> None:

@@ -26,18 +26,18 @@ def save(offloader: Offloader, store: CheckpointStore, extra: Mapping[str, Any] 
 
 def check(
     checkpoint: Checkpoint,
-    shapes: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
     moments: Mapping[str, Any],
     trained: set[str],
     structure: Structure,
 ) -> None:
     """Raise `UserError` unless the checkpoint is of such a run; reads headers only.
 
-    shapes: name → anything with a shape, the model's parameters and buffers. moments: the optimizer's names.
+    tensors: the model's parameters and buffers, on any device. moments: the optimizer's names.
     """
-    checkpoint.check("weights", shapes)
+    checkpoint.check("weights", tensors)
     for name in moments:
-        checkpoint.check(f"moments.{name}", {n: shape for n, shape in shapes.items() if n in trained})
+        checkpoint.check(f"moments.{name}", {n: tensor for n, tensor in tensors.items() if n in trained}, dtype=False)
     checkpoint.check("structure", structure.state_dict())
 
 

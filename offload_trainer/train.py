@@ -19,7 +19,7 @@ from offload_trainer.evaluation import evaluate, evaluate_full
 from offload_trainer.master import CheckpointStore, whole_folder
 from offload_trainer.monitor import Monitor
 from offload_trainer.offloader import Offloader
-from offload_trainer.prepare import Prepared, prepare
+from offload_trainer.prepare import Prepared, prepare, resumable
 from offload_trainer.result import best_of, recalibrate, save_export
 from offload_trainer.rounds import Meter
 from offload_trainer.tasks import shard
@@ -60,11 +60,17 @@ def train(config: Config) -> None:
             first_step=run.checkpoint.meta["step"] if run.checkpoint else 0,
         ) as monitor,
     ):
+        aside = (
+            store.begin(run.checkpoint.meta["step"] if run.checkpoint else 0) if accelerator.is_main_process else None
+        )
+        if aside is not None:
+            monitor.message(f"checkpoints of an earlier run are now in {aside}")
         if run.checkpoint is not None:
             snapshot.restore(offloader, run.checkpoint)
             monitor.message(f"resumed from {run.checkpoint.path}")
         if config.track.trackers:
             accelerator.init_trackers("offload-trainer")
+        boundary = offloader.steps  # where the last round ended
         settle_from = math.ceil(config.steps * (1 - config.structure.settle))
 
         with kept_when_broken_off(offloader, store, config, monitor):
@@ -79,7 +85,8 @@ def train(config: Config) -> None:
 
                 step = offloader.steps
                 validation: dict[str, float] = {}
-                if due(step, config.track.eval_every, config):
+                ended = offloader.between_rounds and step < config.steps
+                if ended and due(config.track.eval_every, boundary, step):
                     with meter.paused("evaluation"):
                         subnet = offloader.export().to(accelerator.device)
                         validation = evaluate(subnet, task.val, task.metrics_fn, task.count, accelerator)
@@ -90,9 +97,10 @@ def train(config: Config) -> None:
                         | {f"val_{name}": value for name, value in validation.items()}
                         | offloader.measured()
                     )
-                if due(step, config.checkpoint.every, config):
+                if ended and due(config.checkpoint.every, boundary, step):
                     with meter.paused("checkpoint"):
                         save_checkpoint(offloader, store, config)
+                boundary = step if ended else boundary
 
         offloader.finish_round()
         meter.stop()
@@ -170,16 +178,14 @@ def learning_rate_factor(config: Config, step: int) -> float:
     return section.min_lr_ratio + (1 - section.min_lr_ratio) * left
 
 
-def due(step: int, every: int, config: Config) -> bool:
-    """Whether something done every so many steps (0: never) falls on this one: the end of a round, not the last."""
-    if not every or step % config.sync_every or step >= config.steps:
-        return False
-    return step // every > (step - config.sync_every) // every
+def due(every: int, previous: int, step: int) -> bool:
+    """Whether what is done every so many steps (0: never) falls between the ends of two rounds, `previous` and `step`."""
+    return every > 0 and step // every > previous // every
 
 
 def save_checkpoint(offloader: Offloader, store: CheckpointStore, config: Config) -> None:
     if offloader.accelerator.is_main_process:
-        snapshot.save(offloader, store, run_facts(config))
+        snapshot.save(offloader, store, {"config": resumable(config)})
     offloader.accelerator.wait_for_everyone()
 
 
@@ -195,13 +201,8 @@ def kept_when_broken_off(
             try:
                 step = offloader.boundary().numbers["steps"]
                 if step and not store.has(step):
-                    snapshot.save(offloader, store, run_facts(config))
+                    snapshot.save(offloader, store, {"config": resumable(config)})
                 monitor.message(f"broken off; --resume auto goes on from step {step}")
             except (RuntimeError, UserError) as error:
                 monitor.message(f"broken off, and no checkpoint could be made of it: {error}")
         raise
-
-
-def run_facts(config: Config) -> dict[str, Any]:
-    """What a resumed run must share."""
-    return {"sync_every": config.sync_every, "seed": config.seed}

@@ -102,6 +102,10 @@ def accuracy(module: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
     return {"loss": nn.functional.cross_entropy(logits, batch[1]), "accuracy": hits}
 
 
+def a_failure() -> None:
+    raise ValueError("the disk is on fire")
+
+
 def a_list() -> list[int]:
     return [1, 2, 3]
 

@@ -44,6 +44,8 @@ CASES: dict[str, tuple[dict[str, object], list[str], str]] = {
     "model folder missing": ({"task.model": "/no/such/model"}, [], "/no/such/model"),
     "not a task": (custom("a_list"), [], "it returned list"),
     "no such function": (custom("no_such"), [], "no_such"),
+    "a function that fails": (custom("a_failure"), [], "raised ValueError: the disk is on fire ("),
+    "a seed too large": ({}, ["--seed", "99999999999"], "seed (99999999999)"),
     "nothing to slice": (custom("nothing_to_slice"), [], "no group of units found in Linear"),
     "op": (custom("an_op_without_a_rule"), [], "aten::_fft_r2c, an op without a rule"),
     "module": (custom("a_module_without_a_rule"), [], "heads=4"),
@@ -109,6 +111,25 @@ def test_gpus_asked_of_accelerate_that_are_not_there(tmp_path: Path, asked: list
     done = launch("accelerate", "launch", *asked, *program)
     assert done.returncode != 0
     assert "error: 2 GPUs were asked for, one per process, and this machine has 0" in done.stderr
+
+
+@pytest.mark.usefixtures("never_allocated")
+@pytest.mark.parametrize(
+    ("name", "make"), [("checkpoints", Path.touch), ("export", Path.touch), ("metrics.jsonl", Path.mkdir)]
+)
+def test_what_stands_in_the_way_in_out(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, make) -> None:
+    (tmp_path / "out").mkdir()
+    make(tmp_path / "out" / name)
+    assert f"{name} in it must be a" in one_line(capsys, main(["--config", str(config(tmp_path))]))
+
+
+def test_resuming_with_another_structure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(config(tmp_path, steps=4))
+    assert main(["--config", file]) == 0
+    capsys.readouterr()
+    for key, value, there in (("structure.sampler", "bernoulli", "fixed"), ("structure.keep", "0.3", "0.5")):
+        line = one_line(capsys, main(["--config", file, "--resume", "auto", f"--{key}", value]))
+        assert f"{key} ({value}) must be {there}, as in the checkpoint" in line
 
 
 def test_resuming_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

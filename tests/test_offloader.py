@@ -340,3 +340,133 @@ def test_compiling_needs_constant_widths() -> None:
         groups = find_groups(model, (torch.zeros(3, 3, 8, 8),))
         structure = Structure(groups, 0.5, sampler="bernoulli")
         Offloader(model, groups, loss_fn, optimizer=ADAMW, structure=structure, compile=True)
+
+
+class Late(nn.Module):
+    """A layer that is reached only once `open` is set, as a routed expert is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.late, self.last = nn.Linear(8, 24), nn.Linear(24, 24), nn.Linear(24, 3)
+        self.open = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        return self.last(self.late(x).relu() if self.open else x)
+
+
+def points(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(6, 8, generator=generator), torch.randint(3, (6,), generator=generator)) for _ in range(count)]
+
+
+def test_a_parameter_that_is_reached_late_finds_moments_of_zero() -> None:
+    torch.manual_seed(1)
+    model = Late()
+    groups = find_groups(model, (torch.zeros(3, 8),))
+    torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
+    try:
+        with Offloader(
+            model, groups, loss_fn, optimizer=ADAMW, structure=Structure(groups, 0.5), sync_every=4
+        ) as trainer:
+            for reached in (False, True):
+                trainer.begin_round()
+                trainer.subnet.open = reached
+                run(trainer, points(4))
+                assert all(bool(t.isfinite().all()) for views in trainer.moments.values() for t in views.values())
+            assert float(trainer.moments["exp_avg_sq"]["late.weight"].max()) > 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_weights_of_several_dtypes_each_have_moments_of_their_own() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(8, 24), nn.LayerNorm(24), nn.Linear(24, 3)
+            self.first.bfloat16(), self.last.bfloat16()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self.norm(self.first(x.to(self.first.weight.dtype)).float())
+            return self.last(hidden.to(self.last.weight.dtype)).float()
+
+    model = Mixed()
+    groups = find_groups(model, (torch.zeros(3, 8),))
+    with Offloader(model, groups, loss_fn, optimizer=ADAMW, structure=Structure(groups, 0.5), sync_every=4) as trainer:
+        losses = run(trainer, points(12))
+    assert all(math.isfinite(loss) for loss in losses)
+    for name, tensor in trainer.moments["exp_avg"].items():
+        assert tensor.dtype == trainer.master[name].dtype
+
+
+def test_a_tensor_kept_under_a_second_name_stays_the_same_tensor() -> None:
+    model = network()
+    kept = model[8].weight
+    groups = find_groups(model, (torch.zeros(3, 3, 8, 8),))
+    with Offloader(model, groups, loss_fn, optimizer=ADAMW, structure=Structure(groups, 1.0), sync_every=3) as trainer:
+        run(trainer, data(3))
+    assert kept is model[8].weight and kept.data_ptr() == trainer.master["8.weight"].data_ptr()
+
+
+def test_looking_and_exporting_between_rounds_changes_nothing() -> None:
+    results = []
+    for looking in (False, True):
+        model = network()
+        torch.manual_seed(5)
+        with offloader(model, ADAMW, sync_every=4) as trainer:
+            for i in range(5):
+                if i == 3:
+                    trainer.settle()
+                if looking:
+                    assert len(trainer.plan) > 0 and trainer.subnet is not None
+                    trainer.export()
+                    trainer.boundary()
+                run(trainer, data(20)[4 * i : 4 * i + 4])
+        results.append({name: tensor.clone() for name, tensor in trainer.master.items()})
+    for name, tensor in results[0].items():
+        assert torch.equal(tensor, results[1][name]), name
+
+
+def test_gradients_of_a_batch_without_a_step_do_not_leak_into_the_next_round() -> None:
+    with offloader(network(), SGD, sync_every=4) as trainer:
+        run(trainer, data(2))
+        trainer.accelerator.backward(trainer.loss(data(3)[2]))
+        trainer.export()  # ends the round
+        trainer.begin_round()
+        assert all(parameter.grad is None for parameter in trainer.subnet.parameters())
+
+
+def test_a_run_goes_on_after_a_loss_that_was_not_finite() -> None:
+    bad = data(1)[0][0] * float("nan"), data(1)[0][1]
+    with offloader(network(), sync_every=3) as trainer:
+        run(trainer, data(3))
+        with pytest.raises(UserError, match="step 5, round 1"):
+            run(trainer, [data(1)[0], bad, data(1)[0]])
+        assert (trainer.steps, trainer.rounds) == (3, 1)
+        run(trainer, data(6))
+        assert (trainer.steps, trainer.rounds) == (9, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"state": "Carry"}, "carry or reset"), ({"clip_norm": -1.0}, "clip_norm"), ({"sync_every": 0}, "sync_every")],
+)
+def test_arguments_that_mean_nothing(arguments: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        offloader(network(), ADAMW, **arguments)
+
+
+@pytest.mark.parametrize("settings", [{"gradient_accumulation_steps": 2}], ids=["accumulation"])
+def test_an_accelerator_that_would_change_gradients_is_refused(settings: dict) -> None:
+    model = network()
+    groups = find_groups(model, (torch.zeros(3, 3, 8, 8),))
+    accelerator = Accelerator(cpu=True, **settings)
+    with pytest.raises(UserError, match="gradient_accumulation_steps"):
+        Offloader(model, groups, loss_fn, optimizer=ADAMW, structure=Structure(groups), accelerator=accelerator)
+
+
+def test_stepping_without_a_loss_or_after_the_end_is_an_error() -> None:
+    with offloader(network()) as trainer, pytest.raises(RuntimeError, match="follows loss"):
+        trainer.step()
+    with pytest.raises(RuntimeError, match="closed"):
+        trainer.loss(data(1)[0])

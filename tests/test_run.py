@@ -21,7 +21,7 @@ from offload_trainer.config import parse
 from offload_trainer.result import load_export
 from offload_trainer.run import main
 from offload_trainer.tasks import build_task
-from tests.runs import ROOT, config, launch, metrics
+from tests.runs import LLAMA, ROOT, config, launch, metrics
 
 EXPECTED_METRICS = {
     *("step", "round", "loss", "keep", "tokens_per_second", "gather_ms", "writeback_ms"),
@@ -179,6 +179,42 @@ def test_widths_without_a_config_are_said_and_still_load(tmp_path: Path, capsys:
         losses = [task.metrics_fn(module, batch)["loss"] for batch in task.val]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert float(torch.stack(losses).mean()) == pytest.approx(summary["exported"]["loss"], rel=1e-5)
+
+
+def test_a_config_that_computes_something_else_is_not_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gemma scales its embeddings by the square root of hidden_size: a smaller hidden_size is another model."""
+    gemma = {**LLAMA, "model_type": "gemma", "pad_token_id": 0}
+    whole = config(tmp_path, **{"task.model": gemma, "steps": 4})
+    assert main(["--config", str(whole)]) == 0
+    assert "there is no config.json" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "export" / "config.json").exists()
+    heads = config(tmp_path, **{"task.model": gemma, "steps": 4, "structure": {"groups": {"model.layers*": 0.5}}})
+    assert main(["--config", str(heads), "--out", str(tmp_path / "heads")]) == 0
+    assert (tmp_path / "heads" / "export" / "config.json").exists()
+
+
+def test_a_second_run_in_the_same_folder_keeps_its_own_checkpoints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(config(tmp_path))
+    assert main(["--config", file]) == 0
+    assert main(["--config", file, "--steps", "5"]) == 0
+    assert "checkpoints of an earlier run are now in" in capsys.readouterr().out
+    kept = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000005"]
+    earlier = sorted(path.name for path in (tmp_path / "out" / "checkpoints-earlier-1").iterdir())
+    assert earlier == ["step-00000008", "step-00000012"]
+    # Rounds go on from the broken one: they end at 9, and checkpoints at what falls between two ends.
+    assert main(["--config", file, "--resume", "auto", "--steps", "11", "--checkpoint.keep_last", "9"]) == 0
+    kept = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
+    assert kept == [f"step-{step:08d}" for step in (4, 5, 9, 11)]
+
+
+def test_a_write_killed_before_the_first_checkpoint_is_a_first_start(tmp_path: Path) -> None:
+    (tmp_path / "out" / "checkpoints" / ".writing-step-00000004").mkdir(parents=True)
+    assert main(["--config", str(config(tmp_path, steps=4)), "--resume", "auto"]) == 0
 
 
 def images(folder: Path, size: int) -> Path:

@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import shutil
+import zlib
 from collections import namedtuple
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from offload_trainer.errors import UserError
 from offload_trainer.master import checkpoint as checkpoints
-from offload_trainer.master.checkpoint import CheckpointStore, find_checkpoint, open_checkpoint, write_json
+from offload_trainer.master.checkpoint import CheckpointStore, _crc, find_checkpoint, open_checkpoint, write_json
 from offload_trainer.master.streaming import file_bytes, write_safetensors
 
 DTYPES = [
@@ -50,7 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(tensors=tensor_maps(), metadata=st.dictionaries(st.text(max_size=3), st.text(max_size=3), max_size=2))
 def test_a_file_reads_back_as_the_librarys_own(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str]):
     ours, theirs = folder / "ours.safetensors", folder / "theirs.safetensors"
-    size = write_safetensors(ours, tensors, metadata)
+    size, crc = write_safetensors(ours, tensors, metadata)
+    assert crc == zlib.crc32(ours.read_bytes())
     save_file(tensors, theirs, metadata or None)  # with {} and no tensor the library writes what it cannot read
     assert size == ours.stat().st_size
     mine, expected = load_file(ours), load_file(theirs)
@@ -58,7 +61,7 @@ def test_a_file_reads_back_as_the_librarys_own(folder: Path, tensors: dict[str, 
     assert all(equal_bits(mine[name], expected[name]) for name in tensors)
     with safe_open(ours, framework="pt") as a, safe_open(theirs, framework="pt") as b:
         assert (a.metadata() or {}) == (b.metadata() or {}) == metadata
-    assert file_bytes(tensors) == write_safetensors(ours, tensors)
+    assert file_bytes(tensors) == write_safetensors(ours, tensors)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -137,17 +140,20 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+OF_ANOTHER_FORMAT = {"format": 99, "files": {}}
+
+
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [
         ("weights.safetensors", truncate, "weights.safetensors is damaged: [0-9]+ bytes of [0-9]+"),
         ("weights.safetensors", Path.unlink, "weights.safetensors is damaged: 0 bytes of"),
-        ("checkpoint.json", truncate, "checkpoint.json cannot be read"),
+        ("checkpoint.json", truncate, "checkpoint.json is damaged"),
         ("checkpoint.json", Path.unlink, "holds no checkpoint"),
-        ("checkpoint.json", lambda path: path.write_text("[]"), "cannot be read"),
+        ("checkpoint.json", lambda path: path.write_text("[]"), "is damaged"),
         (
             "checkpoint.json",
-            lambda path: path.write_text('{"format": 99, "files": {}}'),
+            lambda path: write_json(path, {"crc32": _crc(OF_ANOTHER_FORMAT), "content": OF_ANOTHER_FORMAT}),
             "format 99, this version reads",
         ),
     ],
@@ -164,14 +170,20 @@ def test_the_damaged_are_refused_and_passed_over(store: CheckpointStore, file: s
     assert store.newest() is None
 
 
-def test_a_header_that_makes_no_sense_is_a_line(store: CheckpointStore):
-    path = store.folder / "step-00000020" / "weights.safetensors"
+@pytest.mark.parametrize("file", ["checkpoint.json", "weights.safetensors", "random.safetensors"])
+def test_not_one_bit_may_flip(store: CheckpointStore, file: str):
+    path = store.folder / "step-00000020" / file
     raw = path.read_bytes()
-    path.write_bytes(raw[:8] + b"!" * (len(raw) - 8))
-    newest = store.newest()
-    assert newest is not None  # sizes agree; reading tells
-    with pytest.raises(UserError, match=r"weights.safetensors cannot be read"):
-        newest.read_into("weights", {"w": torch.zeros(4, 3), "n": torch.tensor(0)})
+    for place in range(0, len(raw), max(1, len(raw) // 40)):
+        path.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
+        try:
+            open_checkpoint(path.parent)
+        except UserError as error:
+            assert "damaged" in str(error) and "\n" not in str(error)
+        else:  # white space between JSON's words says nothing
+            assert file == "checkpoint.json" and raw[place : place + 1].isspace()
+    path.write_bytes(raw)
+    assert open_checkpoint(path.parent).meta["step"] == 20
 
 
 @pytest.mark.parametrize(
@@ -210,11 +222,11 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 def test_a_write_that_breaks_off_leaves_what_was_there(store: CheckpointStore, monkeypatch, error: BaseException):
     before = content(store)
 
-    def breaks(path: Path, tensors: dict[str, Tensor]) -> int:
+    def breaks(path: Path, tensors: dict[str, Tensor]) -> tuple[int, int]:
         path.write_bytes(b"half of it")
         if path.name == "random.safetensors":
             raise error
-        return 10
+        return 10, 0
 
     monkeypatch.setattr(checkpoints, "write_safetensors", breaks)
     expected = UserError if error is FULL else type(error)
@@ -237,3 +249,35 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_new_run_moves_what_a_longer_one_left_aside(store: CheckpointStore):
+    """Else the first checkpoint of the new run would be the oldest, and dropped."""
+    before = content(store)
+    assert store.begin(20) is None
+    aside = store.begin(10)
+    assert aside is not None and [path.name for path in aside.iterdir()] == ["step-00000020"]
+    assert store.begin(0) != aside
+    assert store.is_empty()
+    store.save(5, parts(1.0), {})
+    newest = store.newest()
+    assert newest is not None and newest.meta["step"] == 5
+    assert before
+
+
+@pytest.mark.parametrize("broken", [1, 2], ids=["before the old one moves", "between the two renames"])
+def test_saving_a_step_again_never_leaves_neither(store: CheckpointStore, monkeypatch, broken: int):
+    replace, calls = os.replace, []
+
+    def breaks(source: Path, target: Path) -> None:
+        calls.append(source)
+        if len([call for call in calls if Path(call).suffix != ".tmp"]) == broken:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        store.save(20, parts(9.0), {})
+    monkeypatch.undo()
+    newest = store.newest()
+    assert newest is not None and newest.meta["step"] == 20

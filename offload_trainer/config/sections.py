@@ -113,7 +113,7 @@ class StructureConfig(Section):
     lr: Annotated[float, Field(ge=0)] = 12e-3
     """Adam's learning rate for s; 0: s stays uniform."""
     paired_batches: Count = 4
-    """Batches at the start of a round on which a second subnet is compared (sync_every: the paper)."""
+    """Batches at the start of a round on which a second subnet is compared, at most sync_every (which is the paper)."""
     schedule: Literal["constant", "cubic"] = "constant"
     """Course of the keep ratio; cubic: from structure.start_keep down to the keep ratio."""
     start_keep: Share | None = None
@@ -237,7 +237,7 @@ class Config(Section):
     """Optimizer steps between two samplings (K): the length of a round."""
     out: str = "runs/run"
     """Output folder; by default runs/ and the name of the config file."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the initial weights, the order of the data and the samples."""
     resume: str | None = None
     """A checkpoint folder, or auto: the newest complete checkpoint in the output folder, if there is one."""
@@ -260,7 +260,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         paired, cubic_steps = self.structure.paired_batches, self.structure.schedule_steps
-        if paired > self.sync_every:
+        if paired > self.sync_every and "paired_batches" in self.structure.model_fields_set:
             raise ValueError(f"structure.paired_batches ({paired}) must be <= sync_every ({self.sync_every})")
         if cubic_steps > self.steps:
             raise ValueError(f"structure.schedule_steps ({cubic_steps}) must be <= steps ({self.steps})")

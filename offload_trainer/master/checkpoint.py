@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from offload_trainer.errors import UserError
-from offload_trainer.master.streaming import file_bytes, write_safetensors
+from offload_trainer.master.interrupts import undivided
+from offload_trainer.master.streaming import dtype_name, file_bytes, file_crc, write_safetensors
 
 META = "checkpoint.json"
 FORMAT = 1
@@ -22,10 +24,10 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk: `files` maps each safetensors file to its size in bytes."""
+    """A complete checkpoint on disk: its safetensors files, and what its JSON says."""
 
     path: Path
-    files: Mapping[str, int]
+    files: tuple[str, ...]
     meta: Mapping[str, Any]
 
     def read_into(self, part: str, targets: Mapping[str, Tensor]) -> None:
@@ -39,22 +41,26 @@ class Checkpoint:
         with safe_open(self.path / f"{part}.safetensors", framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
-    def check(self, part: str, targets: Mapping[str, Any]) -> None:
-        """Raise `UserError` unless the part holds exactly the tensors of `targets` (anything with a shape)."""
+    def check(self, part: str, targets: Mapping[str, Tensor], dtype: bool = True) -> None:
+        """Raise `UserError` unless the part holds exactly the tensors of `targets` (any device): reads headers only."""
         file_name = f"{part}.safetensors"
         if file_name not in self.files:
             raise UserError(f"checkpoint {self.path} has no {file_name}: it was made with other settings")
         try:
             with safe_open(self.path / file_name, framework="pt") as file:
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                there = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+        except SafetensorError as error:
             raise UserError(f"checkpoint {self.path}: {file_name} cannot be read ({error})") from error
-        for name in [*targets, *shapes]:
-            there = shapes.get(name)
-            here = tuple(targets[name].shape) if name in targets else None
-            if there != here:
-                what = f"{name} is {there or 'absent'} there, {here or 'absent'} here"
-                raise UserError(f"checkpoint {self.path} is of another model: {what}")
+        for name in [*targets, *there]:
+            stored = here = ("absent", "absent")
+            if name in targets:
+                here = (str(tuple(targets[name].shape)), dtype_name(targets[name].dtype))
+            if name in there:
+                stored = (str(there[name][0]), there[name][1] if dtype else here[1])
+            for was, now in zip(stored, here, strict=True):
+                if was != now:
+                    raise UserError(f"checkpoint {self.path} is of another model: {name} is {was} there, {now} here")
 
 
 class CheckpointStore:
@@ -63,32 +69,51 @@ class CheckpointStore:
     def __init__(self, folder: Path, keep_last: int = 2):
         self.folder, self.keep_last = folder, keep_last
 
+    def begin(self, step: int) -> Path | None:
+        """A run starts here at `step`: move checkpoints of later steps aside, which an earlier run left.
+
+        They would pass for this run's. Returns the folder they are in now, None if there were none.
+        """
+        later = [path for path in self._folders() if _step(path) > step]
+        if not later:
+            return None
+        number = 1
+        while (aside := self.folder.with_name(f"{self.folder.name}-earlier-{number}")).exists():
+            number += 1
+        aside.mkdir()
+        for path in later:
+            os.replace(path, aside / path.name)
+        return aside
+
     def save(self, step: int, parts: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> Path:
         """Write a checkpoint and drop the oldest. On any error what was there before stays, and nothing half-written.
 
         Raises `UserError` when the disk is too full, before writing.
         """
         path = self.folder / f"step-{step:08d}"
-        self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".writing-*"):
-            shutil.rmtree(leftover)  # of a run that was killed while writing
-        need, free = (
-            sum(file_bytes(tensors) for tensors in parts.values()),
-            shutil.disk_usage(self.folder).free,
-        )
-        if need > free:
-            raise UserError(f"no room for a checkpoint in {self.folder}: it needs {_gib(need)}, {_gib(free)} are free")
+            shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed while writing another step
         with whole_folder(path) as writing:
+            need = sum(file_bytes(tensors) for tensors in parts.values())
+            free = shutil.disk_usage(self.folder).free
+            if need > free:
+                gib = [f"{count / 2**30:.2f} GiB" for count in (need, free)]
+                raise UserError(f"no room for a checkpoint in {self.folder}: it needs {gib[0]}, {gib[1]} are free")
             files = {}
             for part, tensors in parts.items():
-                files[f"{part}.safetensors"] = write_safetensors(writing / f"{part}.safetensors", tensors)
-            write_json(writing / META, {"format": FORMAT, "step": step, "files": files, **meta})
+                size, crc = write_safetensors(writing / f"{part}.safetensors", tensors)
+                files[f"{part}.safetensors"] = {"bytes": size, "crc32": crc}
+            content = {"format": FORMAT, "step": step, "files": files, **meta}
+            write_json(writing / META, {"crc32": _crc(content), "content": content})
         for old in self._folders()[: -self.keep_last]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         return path
 
     def has(self, step: int) -> bool:
         return (self.folder / f"step-{step:08d}").exists()
+
+    def is_empty(self) -> bool:
+        return not self._folders()
 
     def newest(self) -> Checkpoint | None:
         """The newest complete checkpoint; damaged ones are passed over."""
@@ -102,25 +127,35 @@ class CheckpointStore:
     def _folders(self) -> list[Path]:
         if not self.folder.is_dir():
             return []
-        return sorted(path for path in self.folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
+        return sorted((p for p in self.folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name)), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Raises `UserError` when there is no checkpoint at `path`, or it is incomplete or damaged."""
+    """Raises `UserError` when there is no checkpoint at `path`, or one bit of it is not as it was written."""
     if not (path / META).is_file():
         raise UserError(f"resume: {path} holds no checkpoint (no {META} in it)")
     try:
-        meta = json.loads((path / META).read_text())
-        files = dict(meta["files"])
+        outer = json.loads((path / META).read_text())
+        content = outer["content"]
+        if outer["crc32"] != _crc(content):
+            raise ValueError("its checksum does not fit")
+        files: dict[str, dict[str, int]] = content["files"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"resume: {path / META} cannot be read ({error})") from error
-    if meta.get("format") != FORMAT:
-        raise UserError(f"resume: {path} has format {meta.get('format')}, this version reads format {FORMAT}")
-    for name, size in files.items():
-        there = (path / name).stat().st_size if (path / name).is_file() else 0
-        if there != size:
-            raise UserError(f"resume: {path / name} is damaged: {there} bytes of {size}")
-    return Checkpoint(path, files, meta)
+        raise UserError(f"resume: {path / META} is damaged ({error})") from error
+    if content.get("format") != FORMAT:
+        raise UserError(f"resume: {path} has format {content.get('format')}, this version reads format {FORMAT}")
+    for name, written in files.items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else 0
+        if size != written["bytes"]:
+            raise UserError(f"resume: {file} is damaged: {size} bytes of {written['bytes']}")
+        if file_crc(file) != written["crc32"]:
+            raise UserError(f"resume: {file} is damaged: its checksum does not fit")
+    return Checkpoint(path, tuple(files), content)
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
@@ -138,18 +173,25 @@ def find_checkpoint(path: Path) -> Checkpoint:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Gives a folder to write into, which takes the place of `path` when the block ends well and else disappears.
 
-    Raises `UserError` for what the file system refuses.
+    At no moment is there neither the old nor the new one. Raises `UserError` for what the file system refuses.
     """
-    writing = path.with_name(f".writing-{path.name}")
+    writing, old = path.with_name(f".writing-{path.name}"), path.with_name(f".old-{path.name}")
     try:
+        if old.exists() and not path.exists():
+            os.replace(old, path)  # of a run that was killed between the two renames
         shutil.rmtree(writing, ignore_errors=True)  # of a run that was killed while writing
         writing.mkdir(parents=True)
         yield writing
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(writing, path)
+        with undivided():
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(writing, path)
+            shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(writing, ignore_errors=True)
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         if isinstance(error, OSError):
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
         raise
@@ -165,5 +207,5 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
+def _crc(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())

@@ -7,11 +7,14 @@ format is a length, a JSON header and the raw values, so writing it in order nee
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from offload_trainer.errors import UserError
 
 _NAMES = {
     torch.float64: "F64",
@@ -27,18 +30,40 @@ _NAMES = {
 }
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
-    """Write host tensors to a new file, flushed to disk; returns its size in bytes."""
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> tuple[int, int]:
+    """Write host tensors to a new file, flushed to disk; returns its size in bytes and its CRC-32."""
     header = _header(tensors, metadata)
+    crc = 0
     with open(path, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
+        for part in (len(header).to_bytes(8, "little"), header):
+            file.write(part)
+            crc = zlib.crc32(part, crc)
         for tensor in tensors.values():
             # A view of the same bytes: numpy has no bfloat16.
-            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            file.write(flat.numpy())  # type: ignore[arg-type]
+            values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            file.write(values)  # type: ignore[arg-type]
+            crc = zlib.crc32(values, crc)
         file.flush()
         os.fsync(file.fileno())
-        return file.tell()
+        return file.tell(), crc
+
+
+def file_crc(path: Path) -> int:
+    """CRC-32 of a file's bytes."""
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(2**24):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as safetensors calls it. Raises `UserError` for one it is not written as here."""
+    if dtype not in _NAMES:
+        raise UserError(f"tensors of {dtype} cannot be saved; known are {', '.join(str(known) for known in _NAMES)}")
+    return _NAMES[dtype]
 
 
 def file_bytes(tensors: Mapping[str, Tensor]) -> int:
@@ -52,7 +77,7 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -
     for name, tensor in tensors.items():
         end = position + tensor.numel() * tensor.element_size()
         entries[name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": dtype_name(tensor.dtype),
             "shape": list(tensor.shape),
             "data_offsets": [position, end],
         }

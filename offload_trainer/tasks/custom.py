@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,8 +86,9 @@ def _call(name: str, arguments: dict[str, Any]) -> Any:
         sys.path.insert(0, here)
     try:
         function = getattr(importlib.import_module(module_name), function_name, None)
-    except ImportError as error:
-        raise UserError(f"task.function ({name}): {module_name} cannot be imported ({error})") from error
+    except Exception as error:  # a user's module may fail in any way
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"task.function ({name}): {module_name} cannot be imported ({what})") from error
     if not callable(function):
         raise UserError(f"task.function ({name}): {module_name} has no function {function_name}")
     try:
@@ -94,7 +96,14 @@ def _call(name: str, arguments: dict[str, Any]) -> Any:
     except TypeError as error:
         given = ", ".join(arguments) or "none"
         raise UserError(f"task.arguments ({given}) do not fit {name} ({error})") from error
-    return function(**arguments)
+    try:
+        return function(**arguments)
+    except UserError:
+        raise
+    except Exception as error:  # a user's function may fail in any way: say where
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"task.function ({name}) raised {what} ({place.filename}, line {place.lineno})") from error
 
 
 def _checked_loss(loss: Callable[[nn.Module, Any], Any], who: str) -> Callable[[nn.Module, Any], Tensor]:
