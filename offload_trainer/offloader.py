@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from offload_trainer.device import memory, ranks
-from offload_trainer.device.processes import supported
+from offload_trainer.device.processes import require_supported
 from offload_trainer.device.subnet import TrainedSubnet
 from offload_trainer.device.workbench import Workbench
 from offload_trainer.errors import UserError
@@ -56,28 +56,22 @@ class Offloader:
         materialise: Callable[[nn.Module], None] | None = None,
     ):
         self.accelerator = accelerator or Accelerator()
-        for holds, what in (
-            (sync_every >= 1, f"sync_every ({sync_every}) must be at least 1"),
-            (state in ("carry", "reset"), f"state ({state!r}) must be carry or reset"),
-            (clip_norm is None or clip_norm > 0, f"clip_norm ({clip_norm}) must be positive, or None"),
-            (
-                structure.constant_widths or not compile,
-                "memory.compile needs plans of constant widths: structure.sampler fixed, budget per_group",
-            ),
-            *supported(self.accelerator),
-        ):
-            if not holds:
-                raise UserError(what)
+        require_supported(self.accelerator)
+        if sync_every < 1:
+            raise UserError(f"sync_every ({sync_every}) must be at least 1")
+        if state not in ("carry", "reset"):
+            raise UserError(f"state ({state!r}) must be carry or reset")
+        if clip_norm is not None and clip_norm <= 0:
+            raise UserError(f"clip_norm ({clip_norm}) must be positive, or None")
+        if compile and not structure.constant_widths:
+            raise UserError("memory.compile needs plans of constant widths: structure.sampler fixed, budget per_group")
         self.device = self.accelerator.device
         self.groups, self.structure, self.loss_fn = groups, structure, loss_fn
         self.sync_every, self.clip_norm = sync_every, clip_norm
-        carry = state == "carry"
-        dtype = next(model.parameters()).dtype
+        carry, dtype = state == "carry", next(model.parameters()).dtype
         layout = probe_optimizer(optimizer, dtype, self.device) if carry else StateLayout({}, {}, None)
-        self.steps = 0
-        """Optimizer steps taken."""
-        self.rounds = 0
-        """Rounds finished, that is, written back."""
+        self.steps = 0  # optimizer steps taken
+        self.rounds = 0  # finished, that is, written back
         self.settled = False
         self.report = RoundReport()
         self.spent = Spent()
@@ -155,13 +149,11 @@ class Offloader:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                self.finish_round()
-        finally:
-            self._round, self._closed = None, True
-            self._bench.close()
-            self._master.close()
+        if kind is None:
+            self.finish_round()
+        self._round, self._closed = None, True
+        self._bench.close()
+        self._master.close()
 
     # What can be looked at
 
@@ -199,19 +191,11 @@ class Offloader:
         """The units of the largest s; all of them where no group is sampled."""
         return Plan(self.groups, self.structure.top())
 
-    def probabilities(self) -> Tensor:
-        """s of every sampled unit, flat; a single 1 when no group is sampled."""
-        return torch.cat(list(self.structure.s.values())) if self.structure.names else torch.ones(1)
-
     def measured(self) -> dict[str, Any]:
         """Numbers of the running round and of the last finished one, for a log."""
         return {
             "keep": self.structure.keep,
-            "gather_ms": self.report.gather_ms,
-            "writeback_ms": self.report.writeback_ms,
-            "delta_norm": self.report.delta_norm,
-            "difference": self.report.difference,
-            "bytes_moved": self.report.bytes_moved,
+            **asdict(self.report),
             "transfer_share": self.spent.share(),
             "host_bytes": memory.host_bytes(),
             "device_bytes": memory.device_bytes(self.device) or self._bench.nbytes,

@@ -60,9 +60,8 @@ def train(config: Config) -> None:
             first_step=run.checkpoint.meta["step"] if run.checkpoint else 0,
         ) as monitor,
     ):
-        aside = (
-            store.begin(run.checkpoint.meta["step"] if run.checkpoint else 0) if accelerator.is_main_process else None
-        )
+        first = run.checkpoint.meta["step"] if run.checkpoint else 0
+        aside = store.begin(first) if accelerator.is_main_process else None
         if aside is not None:
             monitor.message(f"checkpoints of an earlier run are now in {aside}")
         if run.checkpoint is not None:
@@ -91,9 +90,9 @@ def train(config: Config) -> None:
                         subnet = offloader.export().to(accelerator.device)
                         validation = evaluate(subnet, task.val, task.metrics_fn, task.count, accelerator)
                 if step % config.track.log_every == 0 or validation or step == config.steps:
-                    monitor.show(offloader.probabilities())
+                    monitor.show(run.structure.flat if run.structure.names else torch.ones(1))
                     monitor.log(
-                        {"step": step, "round": offloader.report.round, **meter.read(accelerator)}
+                        {"step": step, **meter.read(accelerator)}
                         | {f"val_{name}": value for name, value in validation.items()}
                         | offloader.measured()
                     )
@@ -179,7 +178,7 @@ def learning_rate_factor(config: Config, step: int) -> float:
 
 
 def due(every: int, previous: int, step: int) -> bool:
-    """Whether what is done every so many steps (0: never) falls between the ends of two rounds, `previous` and `step`."""
+    """Whether what is done every so many steps (0: never) falls due between two rounds' ends, `previous` and `step`."""
     return every > 0 and step // every > previous // every
 
 

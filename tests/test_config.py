@@ -217,7 +217,10 @@ def test_key_of_another_kind_of_task_is_a_mistake(tmp_path: Path):
             {"structure": {"schedule": "cubic", "start_keep": 1, "schedule_steps": 101}},
             "structure.schedule_steps (101) must be <= steps (100)",
         ),
-        ({"sync_every": 3}, "structure.paired_batches (4) must be <= sync_every (3)"),
+        (
+            {"sync_every": 3, "structure": {"paired_batches": 4}},
+            "structure.paired_batches (4) must be <= sync_every (3)",
+        ),
         (
             {"structure": {"sampler": "bernoulli"}, "memory": {"compile": True}},
             "memory.compile (true) needs structure.sampler (bernoulli) to be fixed",

@@ -31,18 +31,17 @@ def require_devices() -> None:
         )
 
 
-def supported(accelerator: Accelerator) -> list[tuple[bool, str]]:
-    """What is asked of an accelerator, each with the error if it does not hold."""
+def require_supported(accelerator: Accelerator) -> None:
+    """Raise `UserError` for settings of accelerate that would train something else than was asked for."""
     kind, parts = accelerator.distributed_type, accelerator.gradient_accumulation_steps
-    known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    return [
-        (kind in known, f"accelerate was configured for {kind.value}; start one process or several without it"),
-        (
-            parts == 1,
-            f"gradient_accumulation_steps ({parts}) must be 1: call loss() and backward several times a step()",
-        ),
-        (accelerator.mixed_precision != "fp16", "mixed_precision (fp16) must be no or bf16: losses are not scaled"),
-    ]
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise UserError(f"accelerate was configured for {kind.value}; start one process or several without it")
+    if parts != 1:  # it would divide the loss, and nobody would sum the parts
+        raise UserError(
+            f"gradient_accumulation_steps ({parts}) must be 1: call loss() and backward several times instead"
+        )
+    if accelerator.mixed_precision == "fp16":
+        raise UserError("mixed_precision (fp16) must be no or bf16: losses are not scaled")
 
 
 def _launched_with(option: str) -> int:

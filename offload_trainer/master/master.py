@@ -23,7 +23,7 @@ class Master:
     def __init__(
         self,
         model: nn.Module,
-        layout: StateLayout | None,
+        layout: StateLayout,
         *,
         materialise: Callable[[nn.Module], None] | None = None,
         pin: bool = False,
@@ -47,7 +47,7 @@ class Master:
         self.trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         self.moments: dict[str, Mapping[str, Tensor]] = {}
         trained = {n: (t.dtype, t.shape) for n, t in self.tensors.items() if n in self.trainable}
-        for moment in layout.moments if layout else ():
+        for moment in layout.moments:
             views: dict[str, Tensor] = {}
             for dtype, shapes in by_dtype(layout.entries(moment, trained)).items():
                 slab = Slab(shapes, dtype, pin=pin)
@@ -66,12 +66,12 @@ class Master:
             slab.close()
 
 
-def master_bytes(model: nn.Module, layout: StateLayout | None) -> dict[str, int]:
+def master_bytes(model: nn.Module, layout: StateLayout) -> dict[str, int]:
     """Bytes of the slabs a master of this model would hold: weights and buffers, then each moment."""
     tensors = {name: (t.dtype, t.shape) for name, t in named_tensors(model).items()}
     trained = {name: (p.dtype, p.shape) for name, p in model.named_parameters() if p.requires_grad}
     sizes = {"weights": sum(slab_bytes(shapes, dtype) for dtype, shapes in by_dtype(tensors).items())}
-    for moment in layout.moments if layout else ():
+    for moment in layout.moments:
         table = by_dtype(layout.entries(moment, trained))
         sizes[moment] = sum(slab_bytes(shapes, dtype) for dtype, shapes in table.items())
     return sizes

@@ -42,8 +42,8 @@ def write_safetensors(
             crc = zlib.crc32(part, crc)
         for tensor in tensors.values():
             # A view of the same bytes: numpy has no bfloat16.
-            values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            file.write(values)  # type: ignore[arg-type]
+            values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            file.write(values)
             crc = zlib.crc32(values, crc)
         file.flush()
         os.fsync(file.fileno())

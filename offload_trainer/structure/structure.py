@@ -126,6 +126,11 @@ class Structure:
         self._adam.state[self._flat] = self._moments
 
     @property
+    def flat(self) -> Tensor:
+        """s of all sampled units, (n,)."""
+        return self._flat
+
+    @property
     def keep(self) -> float:
         """Sum of s over the number of sampled units; 1 when no group is sampled."""
         return float(self._flat.double().mean()) if self.names else 1.0
