@@ -88,6 +88,7 @@ def train(config: Config) -> None:
                 if ended and due(config.track.eval_every, boundary, step):
                     with meter.paused("evaluation"):
                         subnet = offloader.export().to(accelerator.device)
+                        recalibrate(subnet, calibration(config, run), task.loss_fn, accelerator)
                         validation = evaluate(subnet, task.val, task.metrics_fn, task.count, accelerator)
                 if step % config.track.log_every == 0 or validation or step == config.steps:
                     monitor.show(run.structure.flat if run.structure.names else torch.ones(1))
@@ -111,12 +112,12 @@ def train(config: Config) -> None:
 def conclude(config: Config, run: Prepared, offloader: Offloader, meter: Meter, monitor: Monitor) -> dict[str, Any]:
     """Choose the result, evaluate it and the full master, export it; returns the content of summary.json."""
     accelerator, task, out = run.accelerator, run.task, Path(config.out)
-    calibration = [local(run, config.steps + i) for i in range(config.structure.result_batches)]
+    chosen_on = calibration(config, run)
     plan = offloader.top_plan()
     if config.structure.result == "best_of" and run.structure.names:
-        plan = best_of(offloader, config.structure.samples, calibration)
+        plan = best_of(offloader, config.structure.samples, chosen_on)
     small = offloader.export(plan).to(accelerator.device)
-    recalibrate(small, calibration, task.loss_fn, accelerator)
+    recalibrate(small, chosen_on, task.loss_fn, accelerator)
     with meter.paused("evaluation"):
         exported = evaluate(small, task.val, task.metrics_fn, task.count, accelerator)
         full = evaluate_full(offloader.model, task.val, task.metrics_fn, task.count, accelerator)
@@ -138,7 +139,7 @@ def conclude(config: Config, run: Prepared, offloader: Offloader, meter: Meter, 
             "measured": {
                 "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 "host_before_master_bytes": meter.base_bytes,
-                "device_peak_bytes": memory.device_peak(accelerator.device) or offloader.measured()["device_bytes"],
+                **device_memory(accelerator.device, offloader.measured()["device_bytes"]),
             },
         },
     }
@@ -152,6 +153,17 @@ def batches(run: Prepared, first: int, steps: int) -> Iterator[Any]:
     for batch in loader:
         share = shard(batch, run.accelerator.process_index, run.accelerator.num_processes)
         yield send_to_device(share, run.accelerator.device, non_blocking=True)
+
+
+def device_memory(device: torch.device, held: int) -> dict[str, int]:
+    """Peak of the device's memory; on a CPU, which does not tell, what the subnet held from step to step."""
+    peak = memory.device_peak(device)
+    return {"device_held_bytes": held} if peak is None else {"device_peak_bytes": peak}
+
+
+def calibration(config: Config, run: Prepared) -> list[Any]:
+    """Training batches, of steps after the last, that choose the result and give BatchNorm its statistics."""
+    return [local(run, config.steps + i) for i in range(config.structure.result_batches)]
 
 
 def local(run: Prepared, step: int) -> Any:
