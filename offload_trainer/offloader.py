@@ -83,7 +83,7 @@ class Offloader:
             self.device,
             optimizer,
             layout,
-            sampled=frozenset(slot.tensor for name in structure.names for slot in groups.slots(name)),
+            sampled=groups.sliced_by(structure.names),
             carry=carry,
             compile=compile,
         )

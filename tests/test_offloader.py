@@ -10,7 +10,7 @@ import torch._dynamo
 from accelerate import Accelerator
 from torch import nn
 
-from offload_trainer import Offloader, Structure, UserError, find_groups
+from offload_trainer import Group, Offloader, Structure, UserError, find_groups
 
 Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 SGD: Factory = lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4)  # noqa: E731
@@ -470,3 +470,10 @@ def test_stepping_without_a_loss_or_after_the_end_is_an_error() -> None:
         trainer.step()
     with pytest.raises(RuntimeError, match="closed"):
         trainer.loss(data(1)[0])
+
+
+def test_a_structure_of_other_groups_is_refused() -> None:
+    groups = find_groups(network(), (torch.zeros(3, 3, 8, 8),))
+    structure = Structure([Group("elsewhere", 4, ())])
+    with pytest.raises(UserError, match="which the model's groups do not"):
+        Offloader(network(), groups, loss_fn, optimizer=ADAMW, structure=structure)

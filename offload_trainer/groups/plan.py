@@ -1,7 +1,7 @@
 """Groups of units and the frozen plan that says which of them are kept. Data only: no tracing, no slicing."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -89,6 +89,15 @@ class Groups:
 
     def slots(self, name: str) -> tuple[Slot, ...]:
         return self[name].slots
+
+    def sliced_by(self, names: Iterable[str]) -> frozenset[str]:
+        """The tensors that the groups of these names slice. Raises `UserError` for a name that is not there."""
+        unknown = [name for name in names if name not in {group.name for group in self.groups}]
+        if unknown:
+            raise UserError(
+                f"the structure has group {unknown[0]!r}, which the model's groups do not: make both of one"
+            )
+        return frozenset(slot.tensor for name in names for slot in self.slots(name))
 
     def parameters(self, name: str) -> int:
         """Elements of all tensors that the group slices."""
