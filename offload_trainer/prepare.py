@@ -12,7 +12,7 @@ from torch import nn
 
 from offload_trainer import snapshot, tasks
 from offload_trainer.config import Config, OptimizerConfig
-from offload_trainer.device.processes import require_devices
+from offload_trainer.device.processes import require_devices, use_all_cores
 from offload_trainer.errors import UserError
 from offload_trainer.groups import Groups, Plan, find_groups, read_rules, verify_groups
 from offload_trainer.groups.slicing import named_tensors
@@ -83,6 +83,7 @@ def prepare(config: Config) -> Prepared:
 
 def make_accelerator(config: Config) -> Accelerator:
     require_devices()
+    use_all_cores()
     precision = "bf16" if config.memory.autocast == "bf16" else "no"
     try:
         return Accelerator(

@@ -15,7 +15,7 @@ from offload_trainer.device.subnet import Subnet
 from offload_trainer.device.transfer import Transfer
 from offload_trainer.groups import Plan, random_plan, slice_module
 from offload_trainer.groups.slicing import named_tensors
-from offload_trainer.master import Master
+from offload_trainer.master import Master, StateLayout
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
@@ -131,7 +131,7 @@ def test_transferred_values_are_the_masters(keep: float) -> None:
     with torch.device("meta"):
         model = workload.build()
     groups = workload.groups(model)
-    master = Master(model, None, materialise=transfer.fill)
+    master = Master(model, StateLayout({}, {}, None), materialise=transfer.fill)
     assert all(bool(tensor.isfinite().all()) for tensor in master.tensors.values())
     before = {name: tensor.clone() for name, tensor in master.tensors.items()}
     generator = torch.Generator().manual_seed(0)

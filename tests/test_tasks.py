@@ -176,7 +176,9 @@ def test_a_tokenizer_folder_is_used_and_exported(texts, tmp_path):
     assert tokens.dtype == torch.int32 and 0 in tokens and 1 not in tokens
     export = tmp_path / "export"
     export.mkdir()
-    task.save_export(task.model, export)
+    model = with_memory(task.model)
+    task.materialise(model)
+    task.save_export(model, export)
     assert AutoTokenizer.from_pretrained(export).eos_token_id == 0
     assert (export / "generation_config.json").is_file()
     with pytest.raises(UserError, match=r"vocab_size \(8\) must be at least the tokenizer's \(22\)"):

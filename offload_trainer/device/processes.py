@@ -31,6 +31,24 @@ def require_devices() -> None:
         )
 
 
+def use_all_cores() -> None:
+    """Undo accelerate's default of one thread for a process that has the machine's CPU to itself.
+
+    Not if the user chose a number of threads, which the launcher, our parent, then has in its environment.
+    """
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" and not torch.accelerator.is_available()
+    if not alone or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return
+    try:
+        parent = psutil.Process().parent()
+        chosen = parent is not None and "OMP_NUM_THREADS" in parent.environ()
+    except psutil.Error:
+        chosen = True
+    if not chosen:
+        ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(min(ours, psutil.cpu_count(logical=False) or ours))
+
+
 def require_supported(accelerator: Accelerator) -> None:
     """Raise `UserError` for settings of accelerate that would train something else than was asked for."""
     kind, parts = accelerator.distributed_type, accelerator.gradient_accumulation_steps

@@ -12,7 +12,7 @@ from benchmarks.workloads import Workload, llama
 from offload_trainer.device.subnet import Subnet
 from offload_trainer.device.transfer import Transfer
 from offload_trainer.groups import Groups, random_plan
-from offload_trainer.master import Master, Slab
+from offload_trainer.master import Master, Slab, StateLayout
 
 KEEP = (0.5, 0.25)  # of every group, so of every axis
 REPEATS = {"quick": 3, "cpu": 11, "cuda": 11}
@@ -32,7 +32,7 @@ def measure(setting: Setting) -> Iterator[Record]:
     with torch.device("meta"):
         model = workload(setting.size).build()
     groups = workload(setting.size).groups(model)
-    master = Master(model, None, materialise=fill, pin=setting.device.type == "cuda")
+    master = Master(model, StateLayout({}, {}, None), materialise=fill, pin=setting.device.type == "cuda")
     transfer = Transfer(setting.device)
     try:
         for keep in KEEP:
