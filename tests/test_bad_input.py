@@ -105,6 +105,16 @@ def test_more_processes_than_gpus(
     assert "3 GPUs were asked for, one per process, and this machine has 2" in line
 
 
+@pytest.mark.usefixtures("never_allocated")
+@pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP"])
+def test_an_engine_that_is_not_supported_is_not_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    line = one_line(capsys, main(["--config", str(config(tmp_path))]))
+    assert f"accelerate was configured for {engine}" in line
+
+
 @pytest.mark.parametrize("asked", [["--num_processes", "2"], ["--gpu_ids", "0,1"]], ids=["processes", "ids"])
 def test_gpus_asked_of_accelerate_that_are_not_there(tmp_path: Path, asked: list[str]) -> None:
     program = ["offload_trainer/run.py", "--config", str(config(tmp_path))]

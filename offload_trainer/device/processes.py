@@ -11,11 +11,16 @@ from offload_trainer.errors import UserError
 
 
 def require_devices() -> None:
-    """Raise `UserError` when more GPUs were asked for than there are, which accelerate passes over in silence.
+    """Raise `UserError` for what was asked of the launcher and would not be done.
+
+    An engine that is not supported, or more GPUs than there are, which accelerate passes over in silence.
 
     Asked for: by `accelerate launch --num_processes N` or `--gpu_ids …`, unless with `--cpu`. `torchrun` alone asks for
     processes; on a machine without GPUs they share its CPU.
     """
+    for engine in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true":
+            raise UserError(f"accelerate was configured for {engine}; start one process or several without it")
     there = torch.cuda.device_count()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
