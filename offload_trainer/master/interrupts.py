@@ -13,14 +13,14 @@ def undivided():
         yield  # only the main thread is interrupted
         return
     held: list[int] = []
-    before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number, handler in before.items():
-        if callable(handler):
-            signal.signal(number, lambda number, frame: held.append(number))
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    interrupting: dict[int, Any] = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in interrupting:
+        signal.signal(number, lambda number, frame: held.append(number))
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in interrupting.items():
             signal.signal(number, handler)
         for number in held:
             signal.raise_signal(number)
