@@ -100,7 +100,7 @@ def make_structure(config: Config, groups: Groups) -> Structure:
     section = config.structure
     return Structure(
         groups,
-        section.keep,
+        section.share,
         per_group_keep=section.ratios,
         estimator=section.estimator,
         alpha=section.alpha,
@@ -171,7 +171,7 @@ def resumable(config: Config) -> dict[str, object]:
         "optimizer.state": config.optimizer.state,
         "structure.sampler": structure.sampler,
         "structure.budget": structure.budget,
-        "structure.keep": structure.keep if structure.uses_keep else None,
+        "structure.keep": structure.share if structure.uses_keep else None,
         "structure.groups": structure.groups,
     }
 

@@ -151,9 +151,8 @@ def test_config_is_frozen():
 @pytest.mark.parametrize(
     ("option", "value", "line"),
     [
-        ("structure.keep", "1.5", "structure.keep (1.5) must be in (0, 1]"),
-        ("structure.keep", "0", "structure.keep (0) must be in (0, 1]"),
-        ("structure.keep", "null", "structure.keep (null) must be in (0, 1]"),
+        ("structure.keep", "1.5", "structure.keep (1.5) must be in (0, 1] or null"),
+        ("structure.keep", "0", "structure.keep (0) must be in (0, 1] or null"),
         ("structure.alpha", "1", "structure.alpha (1) must be in [0.5, 1)"),
         ("structure.groups", '{"*mlp*": 2}', "structure.groups.*mlp* (2) must be in (0, 1] or null"),
         ("structure.groups", "{}", "structure.groups ({}) must have a pattern, or nothing would be sampled"),
@@ -279,4 +278,4 @@ def test_mistake_is_one_line_on_stderr_and_code_2():
     argv = ["--config", str(CONFIGS / "quickstart.yaml"), "--structure.keep", "1.5"]
     done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: structure.keep (1.5) must be in (0, 1]\n"
+    assert done.stderr == "error: structure.keep (1.5) must be in (0, 1] or null\n"

@@ -2,22 +2,22 @@
 
 from offload_trainer.config.parsing import parse
 from offload_trainer.config.sections import (
-    CausalLM,
     CheckpointConfig,
     Config,
-    Custom,
-    ImageClassification,
+    ExportConfig,
     MemoryConfig,
     OptimizerConfig,
     StructureConfig,
     TrackConfig,
 )
+from offload_trainer.config.task_sections import CausalLM, Custom, ImageClassification
 
 __all__ = [
     "CausalLM",
     "CheckpointConfig",
     "Config",
     "Custom",
+    "ExportConfig",
     "ImageClassification",
     "MemoryConfig",
     "OptimizerConfig",

@@ -7,7 +7,9 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
-from offload_trainer.config.sections import CausalLM, Config, Custom, ImageClassification, Section, shown
+from offload_trainer.config.base import Section, shown
+from offload_trainer.config.sections import Config
+from offload_trainer.config.task_sections import CausalLM, Custom, ImageClassification
 
 TASKS = {"causal_lm": CausalLM, "image_classification": ImageClassification, "custom": Custom}
 SECTIONS: dict[str, type[Section]] = {

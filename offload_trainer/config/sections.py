@@ -3,96 +3,23 @@
 A rule that spans keys names them all, dotted, with their values; `explaining` words the others.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Share = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[int, Field(gt=0)]
+from offload_trainer.config.base import Count, Section, Share, Size, shown
+from offload_trainer.config.task_sections import CausalLM, Custom, ImageClassification
+
 Rule = Annotated[str, Field(pattern=r"^[^:]+:\d+(:\d+){0,2}$", examples=["tensor:axis[:block[:offset]]"])]
-
-
-def shown(value: object) -> str:
-    """A value as it is written in YAML."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-        coerce_numbers_to_str=True,  # a folder may be called 2026
-    )
-
-
-class CausalLM(Section):
-    kind: Literal["causal_lm"]
-    """The kind of task; it decides which other keys there are."""
-    model: dict[str, Any] | str
-    """A Hugging Face config as a map, or a local model folder (config.json, weights if it has any)."""
-    data: str | list[str] = "stdlib"
-    """Text files or folders of them; stdlib: the source of the running Python's own standard library."""
-    tokenizer: str | None = None
-    """A local Hugging Face tokenizer folder; null: bytes, a vocabulary of 256."""
-    sequence: Annotated[int, Field(gt=1)]
-    """Tokens per sequence."""
-    batch_size: Count
-    """Sequences per optimizer step, over all processes."""
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of the files that is held out for validation."""
-    val_batches: Count = 20
-    """Batches that one evaluation reads."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if isinstance(self.model, dict) and "model_type" not in self.model:
-            raise ValueError(f"task.model ({self.model}) must name its model_type, such as model_type: llama")
-        return self
-
-
-class ImageClassification(Section):
-    kind: Literal["image_classification"]
-    """The kind of task; it decides which other keys there are."""
-    model: Literal["vgg19_bn", "resnet32", "wrn28_10", "resnet50"]
-    """The network."""
-    width: Annotated[float, Field(gt=0)] = 1.0
-    """Factor on every channel count of the network."""
-    data: str
-    """An imagefolder (train/CLASS and test/CLASS or val/CLASS) or a .tar.gz of one, a folder of idx files, or
-    a data set on the Hugging Face hub."""
-    image_size: Count = 32
-    """Height and width of an image, in pixels."""
-    batch_size: Count
-    """Images per optimizer step, over all processes."""
-    augment: bool = True
-    """Random crops and flips of the training images."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the target that is spread over all classes."""
-    classes: Annotated[int, Field(gt=1)] | None = None
-    """Number of classes; null: counted in the data."""
-    limit: Count | None = None
-    """Only the first so many images, for quick runs; null: all."""
-    workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that decode images; 0: none beside the training process."""
-
-
-class Custom(Section):
-    kind: Literal["custom"]
-    """The kind of task; it decides which other keys there are."""
-    function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$", examples=["package.module:function"])]
-    """The function that returns the model, its data, loss and metric."""
-    arguments: dict[str, Any] = {}
-    """Keyword arguments of that function."""
 
 
 class StructureConfig(Section):
     """Which units are kept, and how that is learned."""
 
-    keep: Share = 0.25
-    """Keep ratio: share of the units of a group that the subnet has."""
+    keep: Share | None = None
+    """Keep ratio: share of the units of a group that the subnet has; null: the largest that fits memory.device, or
+    0.25 where that is null too."""
     groups: dict[str, Share | None] | None = None
     """Which groups are sampled: name pattern to keep ratio (null: structure.keep), the first match wins; a
     group of ratio 1 or without a match stays whole. null: every group, at structure.keep."""
@@ -110,8 +37,17 @@ class StructureConfig(Section):
     """Whether the keep ratio holds in each group or over all units."""
     min_units: Count = 1
     """Units that a group keeps at least."""
+    multiple_of: Count = 1
+    """Every sliced axis of a matrix is a multiple of so many elements, such as 64; heads count whole."""
+    start: Literal["uniform", "importance", "random"] = "uniform"
+    """s at the start: uniform: the keep ratio everywhere; importance: by how much each unit of the (pretrained) model
+    contributes on calibration batches; random: as importance, with the units in random order."""
+    explore: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """For a start that is not uniform: expected share of a subnet's units that are not among the most important."""
+    calibration_batches: Count = 4
+    """Training batches on which importance is measured."""
     lr: Annotated[float, Field(ge=0)] = 12e-3
-    """Adam's learning rate for s; 0: s stays uniform."""
+    """Adam's learning rate for s; 0: s stays as it starts."""
     paired_batches: Count = 4
     """Batches at the start of a round on which a second subnet is compared, at most sync_every (which is the paper)."""
     schedule: Literal["constant", "cubic"] = "constant"
@@ -120,25 +56,28 @@ class StructureConfig(Section):
     """Keep ratio at step 0, for the cubic schedule."""
     schedule_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps that the cubic schedule takes."""
-    settle: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the run, at its end, in which s is frozen and the subnet of the largest s is trained."""
+    settle: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the run, at its end, in which s is frozen and the subnet of the largest s is trained; 1: all of it."""
     result: Literal["top", "best_of"] = "top"
     """The exported subnet: the units of the largest s, or the draw of least training loss."""
     samples: Count = 8
     """Subnets that best_of draws."""
     result_batches: Count = 8
     """Training batches that choose the result and recalibrate its BatchNorm statistics."""
-    pin_unknown: bool = False
-    """Leave whatever an op without a rule touches unsliced, instead of stopping with an error."""
     verify: bool = True
     """Prove before training that the sliced model computes what the gated one does."""
+
+    @property
+    def share(self) -> float:
+        """`keep`, or its default."""
+        return self.keep or 0.25
 
     @property
     def ratios(self) -> dict[str, float] | None:
         """`groups` with every null replaced by `keep`: name pattern → keep ratio."""
         if self.groups is None:
             return None
-        return {pattern: ratio or self.keep for pattern, ratio in self.groups.items()}
+        return {pattern: ratio or self.share for pattern, ratio in self.groups.items()}
 
     @property
     def uses_keep(self) -> bool:
@@ -149,7 +88,7 @@ class StructureConfig(Section):
     def _check(self) -> Self:
         if self.groups == {}:
             raise ValueError("structure.groups ({}) must have a pattern, or nothing would be sampled")
-        if "keep" in self.model_fields_set and not self.uses_keep:
+        if self.keep is not None and not self.uses_keep:
             raise ValueError(
                 f"structure.keep ({self.keep}) has no effect: in structure.groups ({self.groups})"
                 " every pattern has a ratio of its own; null would follow structure.keep"
@@ -193,8 +132,16 @@ class OptimizerConfig(Section):
 
 
 class MemoryConfig(Section):
-    """What the device holds and how it computes."""
+    """What host and device hold, and how the device computes."""
 
+    device: Size | Literal["auto"] | None = None
+    """Device memory that the run may take, such as 8GiB, or auto: what is free at the start; null: whatever it needs.
+    Decides structure.keep where that is null."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """Type of the master's weights. With bf16 the device still trains in fp32, and write-back rounds at random so that
+    the expected value is exact."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Type of the master's moments, in the same way."""
     autocast: Literal["no", "bf16"] = "no"
     """bf16: forward and backward in bfloat16, weights stay in their own type."""
     compile: bool = False
@@ -215,6 +162,15 @@ class CheckpointConfig(Section):
     """Checkpoints kept; older ones are removed."""
 
 
+class ExportConfig(Section):
+    """What a finished run leaves beside its checkpoints."""
+
+    shard_size: Size = "5GB"
+    """Largest size of one safetensors file; beyond it there are several, and an index."""
+    full: bool = False
+    """Save the full master too, as a model folder named full."""
+
+
 class TrackConfig(Section):
     """What is reported while training."""
 
@@ -222,7 +178,7 @@ class TrackConfig(Section):
     """Optimizer steps between two lines of metrics.jsonl."""
     eval_every: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps between two evaluations, rounded to whole rounds; 0: only at the end."""
-    trackers: list[str] = []
+    trackers: list[str] = Field(default=[])
     """Accelerate's trackers to report to, such as tensorboard or wandb."""
     display: Literal["auto", "rich", "plain"] = "auto"
     """rich: a live view; plain: lines; auto: rich on a terminal."""
@@ -248,14 +204,12 @@ class Config(Section):
     optimizer: OptimizerConfig
     memory: MemoryConfig = MemoryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    export: ExportConfig = ExportConfig()
     track: TrackConfig = TrackConfig()
 
     def to_yaml(self) -> str:
         """The whole config, defaults included, as a file from which `parse` makes the same config."""
-        tree = self.model_dump(mode="json")
-        if not self.structure.uses_keep:
-            del tree["structure"]["keep"]
-        return yaml.safe_dump(tree, sort_keys=False)
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
