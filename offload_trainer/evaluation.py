@@ -1,6 +1,7 @@
 """Validation of any module: a subnet, or the full master, which need not fit the device."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,10 +50,22 @@ def evaluate_full(
     count: Callable[[Any], int],
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """`evaluate` of the master itself: on another device than the host, one layer at a time passes through it."""
-    if accelerator.device.type == "cpu":
-        return evaluate(model, batches, metrics_fn, count, accelerator)
-    # Hooks replace the parameters of what they are attached to, so they get a copy that shares the master's memory.
-    shared = with_tensors(model, {name: tensor.detach() for name, tensor in named_tensors(model).items()})
-    cpu_offload(shared, accelerator.device)
-    return evaluate(shared, batches, metrics_fn, count, accelerator)
+    """`evaluate` of the master itself, which may be larger than the device."""
+    with streamed(model, accelerator) as module:
+        return evaluate(module, batches, metrics_fn, count, accelerator)
+
+
+@contextmanager
+def streamed(model: nn.Module, accelerator: Accelerator) -> Iterator[nn.Module]:
+    """Context: the master as a module that runs on the device, through which one layer at a time passes.
+
+    On a CPU it is the model itself. Weights stored in bfloat16 are computed with under autocast.
+    """
+    narrow = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    module = model
+    if accelerator.device.type != "cpu":
+        # Hooks replace the parameters of what they are attached to, so they get a copy that shares the master's memory.
+        module = with_tensors(model, {name: tensor.detach() for name, tensor in named_tensors(model).items()})
+        cpu_offload(module, accelerator.device)
+    with torch.autocast(accelerator.device.type, torch.bfloat16) if narrow else accelerator.autocast():
+        yield module

@@ -94,9 +94,10 @@ class Meter:
         self._losses: list[Tensor] = []
         self._units = self._total = 0
         self._window = self._start = time.perf_counter()
+        self._cpu_start = time.process_time()
         self._paused: dict[str, float] = {}
         self._stopped: float | None = None
-        self._within = 0.0
+        self._within = self._paused_cpu = 0.0
 
     def add(self, units: int, loss: Tensor) -> None:
         self._losses.append(loss.detach())
@@ -109,14 +110,17 @@ class Meter:
         now = time.perf_counter()
         speed = self._units / (now - self._window)
         self._losses, self._units, self._window = [], 0, now
-        return {"loss": loss, f"{self.unit}_per_second": speed}
+        wall = now - self._start - sum(self._paused.values())
+        cpu = time.process_time() - self._cpu_start - self._paused_cpu
+        return {"loss": loss, f"{self.unit}_per_second": speed, "train_seconds": wall, "train_cpu_seconds": cpu}
 
     @contextmanager
     def paused(self, what: str):
         """Time that is not training."""
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         yield
         seconds = time.perf_counter() - start
+        self._paused_cpu += time.process_time() - cpu
         self._window += seconds
         self._paused[what] = self._paused.get(what, 0.0) + seconds
 

@@ -8,4 +8,5 @@ from offload_trainer.structure.samplers import fixed as fixed
 from offload_trainer.structure.schedules import Schedule as Schedule
 from offload_trainer.structure.schedules import constant as constant
 from offload_trainer.structure.schedules import cubic as cubic
+from offload_trainer.structure.starts import polarised as polarised
 from offload_trainer.structure.structure import Structure as Structure

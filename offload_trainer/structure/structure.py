@@ -1,23 +1,22 @@
 """The probability of every unit: drawing subnetworks from it, and learning it from pairs of losses."""
 
 import math
-from collections.abc import Iterable
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping
 from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from offload_trainer.errors import UserError
+from offload_trainer.structure.budgets import ScheduleName, group_budgets, require
 from offload_trainer.structure.estimators import rloo, vr_pge
 from offload_trainer.structure.projection import project
 from offload_trainer.structure.samplers import bernoulli, fixed
-from offload_trainer.structure.schedules import Schedule, constant, cubic
+from offload_trainer.structure.starts import polarised
 
 Estimator = Literal["rloo", "vr_pge"]
 Sampler = Literal["fixed", "bernoulli"]
 Budget = Literal["per_group", "global"]
-ScheduleName = Literal["constant", "cubic"]
 Kept = dict[str, Tensor]
 """Name of each sampled group → its kept units, int64, sorted."""
 
@@ -46,6 +45,7 @@ class Structure:
     budget: "per_group": sum(s) <= keep * units in each group. "global": over all sampled units together. With
         "fixed", widths are constant under "per_group" and vary between draws under "global".
     min_units: units that every group keeps at least.
+    width_steps: group name → the number of units its width is a multiple of, such as `groups.width_steps(64)`.
     lr: step size of Adam on s, about how far s moves in an update; 0: s stays as it starts.
     paired_batches: batches a round on which the two subnetworks are compared; d is the mean over them.
     schedule, start_keep, schedule_steps: "cubic" lowers the keep ratio from `start_keep` (1 if None) at step
@@ -73,6 +73,7 @@ class Structure:
         sampler: Sampler = "fixed",
         budget: Budget = "per_group",
         min_units: int = 1,
+        width_steps: Mapping[str, int] | None = None,
         lr: float = 12e-3,
         paired_batches: int = 4,
         schedule: ScheduleName = "constant",
@@ -86,19 +87,30 @@ class Structure:
             ("budget", budget, get_args(Budget)),
             ("schedule", schedule, get_args(ScheduleName)),
         ):
-            _require(value in choices, key, value, f"be one of {', '.join(choices)}")
-        _require(0 < keep <= 1, "keep", keep, "be in (0, 1]")
-        _require(0.5 <= alpha < 1, "alpha", alpha, "be in [0.5, 1)")
-        _require(0 <= lr < math.inf, "lr", lr, "be finite and not negative")
-        _require(paired_batches >= 1, "paired_batches", paired_batches, "be at least 1")
-        _require(min_units >= 1, "min_units", min_units, "be at least 1")
-        units = {group.name: group.units for group in groups}
-        ratios = _keep_ratios(list(units), keep, per_group_keep)
-        for name in ratios:
-            rule = f"be at most {units[name]}, the units of {name}"
-            _require(min_units <= units[name], "min_units", min_units, rule)
+            require(value in choices, key, value, f"be one of {', '.join(choices)}")
+        require(0 < keep <= 1, "keep", keep, "be in (0, 1]")
+        require(0.5 <= alpha < 1, "alpha", alpha, "be in [0.5, 1)")
+        require(0 <= lr < math.inf, "lr", lr, "be finite and not negative")
+        require(paired_batches >= 1, "paired_batches", paired_batches, "be at least 1")
+        require(min_units >= 1, "min_units", min_units, "be at least 1")
+        if width_steps and max(width_steps.values()) > 1:
+            constant = sampler == "fixed" and budget == "per_group"
+            require(
+                constant, "multiple_of", max(width_steps.values()), "be 1 unless sampler is fixed, budget per_group"
+            )
+        self._budgets = group_budgets(
+            {group.name: group.units for group in groups},
+            keep,
+            per_group_keep,
+            schedule=schedule,
+            start_keep=start_keep,
+            schedule_steps=schedule_steps,
+            min_units=min_units,
+            least={group.name: getattr(group, "least", 1) for group in groups},
+            width_steps=width_steps or {},
+        )
 
-        self.names = tuple(ratios)
+        self.names = tuple(self._budgets)
         self.step = 0
         self.estimator: Estimator = estimator
         self.alpha = alpha
@@ -106,14 +118,14 @@ class Structure:
         self.budget: Budget = budget
         self.min_units = min_units
         self.paired_batches = paired_batches
-        self._units = {name: units[name] for name in ratios}
-        self._schedules = _schedules(ratios, schedule, start_keep, schedule_steps)
         self._generator = torch.Generator("cpu").manual_seed(seed)
 
-        self._flat = torch.empty(sum(self._units.values()), dtype=torch.float32, device="cpu")
+        self._flat = torch.empty(
+            sum(group.units for group in self._budgets.values()), dtype=torch.float32, device="cpu"
+        )
         self.s = self._by_name(self._flat)
         for name, s in self.s.items():
-            s.fill_(self._ratio(name))
+            s.fill_(self._allowance(name) / s.numel())
         # Masks m and m′, (2, n). All False: none drawn yet.
         self._pair = torch.zeros(2, self._flat.numel(), dtype=torch.bool, device="cpu")
         self._adam = torch.optim.Adam([self._flat], lr=lr)
@@ -138,15 +150,30 @@ class Structure:
     @property
     def constant_widths(self) -> bool:
         """Whether every draw, from this step on, keeps the same number of units of each group."""
-        settled = all(self.step >= schedule.steps for schedule in self._schedules.values())
+        settled = all(self.step >= group.schedule.steps for group in self._budgets.values())
         return not self.names or (self.sampler == "fixed" and self.budget == "per_group" and settled)
 
     def set_step(self, step: int) -> None:
-        """Moves the schedule to optimizer step `step`; if that changes a keep ratio, s is projected."""
-        before = [self._ratio(name) for name in self.names]
+        """Moves the schedule to optimizer step `step`; if that changes a budget, s is projected."""
+        before = [self._allowance(name) for name in self.names]
         self.step = step
-        if [self._ratio(name) for name in self.names] != before:
+        if [self._allowance(name) for name in self.names] != before:
             self._project()
+
+    def start_from(self, scores: Mapping[str, Tensor], explore: float) -> None:
+        """Sets s by the importance of units, most of it on those of the largest scores (starts.py).
+
+        scores: name of each sampled group → (units,) not negative; comparable between groups if `budget` is global.
+        explore: share of a subnet's units that is expected to lie outside the most important, in (0, 1).
+        """
+        require(0 < explore < 1, "explore", explore, "be in (0, 1)")
+        if self.budget == "global":
+            flat = torch.cat([scores[name].float() for name in self.names])
+            self._flat.copy_(polarised(flat, self._total(), explore))
+        else:
+            for name, s in self.s.items():
+                s.copy_(polarised(scores[name].float(), self._allowance(name), explore))
+        self._project()  # the floor of s may have cost more than the budget has
 
     def pair(self) -> tuple[Kept, Kept]:
         """Draws m and m′ from s, independently, and remembers both for `update`."""
@@ -177,13 +204,13 @@ class Structure:
     def top(self) -> Kept:
         """The units of largest s, as many as the keep ratios of this step allow.
 
-        per_group: max(min_units, round(keep * units)) of each group. global: round(sum of keep * units) of
+        per_group: the width of each group. global: round(sum of keep * units) of
         all, but `min_units` of each group at least. Of equal s the lower index comes first, across groups
         relative to their size, so that an untrained s gives each group its share.
         """
         mask = torch.zeros_like(self._flat, dtype=torch.bool)
         for name, part in self._by_name(mask).items():
-            width = self._width(name) if self.budget == "per_group" else self.min_units
+            width = self._width(name) if self.budget == "per_group" else self._budgets[name].least
             part[self.s[name].argsort(descending=True, stable=True)[:width]] = True
         if self.budget == "global":
             place = torch.empty_like(self._flat)
@@ -191,7 +218,7 @@ class Structure:
                 part.copy_(torch.linspace(0, 1, part.numel(), device="cpu"))
             rest = place.argsort(stable=True)
             rest = rest[~mask[rest]]
-            missing = max(round(self._allowance()) - int(mask.sum()), 0)
+            missing = max(round(self._total()) - int(mask.sum()), 0)
             mask[rest[self._flat[rest].argsort(descending=True, stable=True)[:missing]]] = True
         return self._kept(mask)
 
@@ -202,7 +229,7 @@ class Structure:
             **{f"adam.{key}": value.clone() for key, value in self._moments.items()},
             "step": torch.tensor(self.step, device="cpu"),
             "pair": self._pair.clone(),  # (2, n) bool
-            "units": torch.tensor([*self._units.values()], dtype=torch.long, device="cpu"),  # of each group
+            "units": torch.tensor([len(s) for s in self.s.values()], dtype=torch.long, device="cpu"),  # of each group
             "generator": self._generator.get_state(),  # uint8
         }
 
@@ -223,25 +250,26 @@ class Structure:
         self._pair = state["pair"].clone()
         self._generator.set_state(state["generator"])
 
-    def _ratio(self, name: str) -> float:
-        return self._schedules[name].keep_at(self.step)
+    def _allowance(self, name: str) -> float:
+        """The largest sum of s in this group, at this step."""
+        return self._budgets[name].allowance(self.step)
 
-    def _allowance(self) -> float:
+    def _total(self) -> float:
         """The largest sum of s over all sampled units, at this step."""
-        return sum(self._ratio(name) * units for name, units in self._units.items())
+        return sum(map(self._allowance, self.names))
 
     def _width(self, name: str) -> int:
         """Units of this group that the fixed sampler keeps."""
         if self.budget == "global":
-            return max(self.min_units, round(float(self.s[name].double().sum())))
-        return max(self.min_units, round(self._ratio(name) * self._units[name]))
+            return max(self._budgets[name].least, round(float(self.s[name].double().sum())))
+        return self._budgets[name].width(self.step)
 
     def _project(self) -> None:
         if self.budget == "global":
-            self._flat.copy_(project(self._flat, self._allowance()))
+            self._flat.copy_(project(self._flat, self._total()))
             return
         for name, s in self.s.items():
-            s.copy_(project(s, self._ratio(name) * self._units[name]))
+            s.copy_(project(s, self._allowance(name)))
 
     def _draw(self) -> Tensor:  # (n,) bool
         mask = torch.zeros_like(self._flat, dtype=torch.bool)
@@ -250,45 +278,13 @@ class Structure:
             if self.sampler == "fixed":
                 part.copy_(fixed(s, self._width(name), self._generator))
             else:
-                part.copy_(bernoulli(s, self.min_units, self._generator))
+                part.copy_(bernoulli(s, self._budgets[name].least, self._generator))
         return mask
 
     def _by_name(self, flat: Tensor) -> dict[str, Tensor]:  # views of (n,)
-        return dict(zip(self.names, flat.split([*self._units.values()]), strict=True)) if self.names else {}
+        if not self.names:
+            return {}
+        return dict(zip(self.names, flat.split([group.units for group in self._budgets.values()]), strict=True))
 
     def _kept(self, mask: Tensor) -> Kept:
         return {name: part.nonzero().flatten() for name, part in self._by_name(mask).items()}
-
-
-def _require(holds: bool, key: str, value: object, rule: str) -> None:
-    if not holds:
-        raise UserError(f"structure.{key} ({value}) must {rule}")
-
-
-def _keep_ratios(names: list[str], keep: float, patterns: dict[str, float] | None) -> dict[str, float]:
-    """Name of each sampled group → its keep ratio, below 1."""
-    ratios = dict.fromkeys(names, keep if patterns is None else 1.0)
-    free = names
-    for pattern, ratio in (patterns or {}).items():
-        _require(0 < ratio <= 1, f"groups[{pattern!r}]", ratio, "be in (0, 1]")
-        matched = [name for name in free if fnmatchcase(name, pattern)]
-        free = [name for name in free if name not in matched]
-        some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        rule = f"match a group that no earlier pattern matches; the groups are {some or 'none'}"
-        _require(bool(matched), "groups", repr(pattern), rule)
-        ratios.update(dict.fromkeys(matched, ratio))
-    return {name: ratio for name, ratio in ratios.items() if ratio < 1}
-
-
-def _schedules(ratios: dict[str, float], kind: ScheduleName, start: float | None, steps: int) -> dict[str, Schedule]:
-    """Name of each sampled group → its schedule."""
-    if kind == "constant":
-        _require(start is None, "start_keep", start, "be left out when structure.schedule is constant")
-        _require(steps == 0, "schedule_steps", steps, "be left out when structure.schedule is constant")
-        return {name: constant(ratio) for name, ratio in ratios.items()}
-    start = 1.0 if start is None else start
-    largest = max(ratios.values(), default=0.0)
-    _require(0 < start <= 1, "start_keep", start, "be in (0, 1]")
-    _require(largest <= start, "start_keep", start, f"not be below a keep ratio that it leads to ({largest})")
-    _require(steps >= 1, "schedule_steps", steps, "be at least 1 when structure.schedule is cubic")
-    return {name: cubic(ratio, start, steps) for name, ratio in ratios.items()}

@@ -1,0 +1,141 @@
+"""How much each unit of a pretrained model contributes, measured on a few batches of the user's own data.
+
+A unit is seen by the layers that read it. What such a layer, y = W x, loses without unit u is W restricted to u's
+columns times x restricted to u's features; the mean square of that, features taken as uncorrelated, is
+Σ_{j∈u} ‖W_{:,j}‖² · E x_j². (Wanda, Sun et al. 2023, scores single weights by the same product |W_ij| · ‖x_j‖.)
+Divided by its sum over the layer, it is the share of the layer's output that u accounts for. A unit's score is the
+mean share over its readers, so scores compare between layers of a kind.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from offload_trainer.device import ranks
+from offload_trainer.evaluation import streamed
+from offload_trainer.groups import Groups, Slot
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer that reads a group's units: the axis of its weight that its input lies on, and that of the input."""
+
+    path: str
+    weight: str
+    """Name by which the groups know the weight (that of the first tensor tied to it)."""
+    axis: int
+    features: int
+    """Axis of the layer's input that holds the units."""
+
+
+def importance(
+    model: nn.Module,
+    groups: Groups,
+    names: Iterable[str],
+    batches: Sequence[Any],
+    loss_fn: LossFn,
+    accelerator: Accelerator,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Name of each of the groups → (units,) float32 scores on the CPU; and the groups judged by their weights alone.
+
+    A group is judged by weights alone where no linear or convolution layer reads it: the score is the share of its
+    matrices' squared norm. `batches` are this rank's own; the model may lie in host memory, larger than the device.
+    """
+    readers = find_readers(model, groups)
+    read = {name: _read_slots(readers, groups, name) for name in names}
+    watched = {reader.path: reader for pairs in read.values() for reader, _ in pairs}
+    squares = mean_squares(model, list(watched.values()), batches, loss_fn, accelerator)
+    tensors = dict(model.named_parameters())
+    scores = {}
+    for name, pairs in read.items():
+        shares = [(slot, _share(tensors[slot.tensor], slot.axis, squares[reader.path])) for reader, slot in pairs]
+        if not pairs:
+            slots = [slot for slot in groups.slots(name) if slot.tensor in tensors]
+            matrices = [slot for slot in slots if tensors[slot.tensor].ndim > 1]
+            shares = [(slot, _share(tensors[slot.tensor], slot.axis, None)) for slot in matrices or slots]
+        units = groups[name].units
+        per_unit = [
+            share.narrow(0, slot.offset, units * slot.block).view(units, slot.block).sum(1) for slot, share in shares
+        ]
+        scores[name] = torch.stack(per_unit).mean(0).float()
+    return scores, [name for name, pairs in read.items() if not pairs]
+
+
+def find_readers(model: nn.Module, groups: Groups) -> list[Reader]:
+    """Every layer whose input axis some group slices."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        first.setdefault(id(parameter), name)
+    readers = []
+    for path, module in model.named_modules():
+        place = _input_axis(module)
+        if place is None:
+            continue
+        weight = first[id(module.weight)]
+        if groups.by_tensor.get(weight, {}).get(place[0]):
+            readers.append(Reader(path, weight, *place))
+    return readers
+
+
+def _input_axis(module: nn.Module) -> tuple[int, int] | None:
+    """(axis of the weight, axis of the input) that hold what a layer reads; None for a layer of another kind."""
+    if isinstance(module, nn.Linear):
+        return 1, -1
+    if isinstance(module, Conv1D):
+        return 0, -1
+    if isinstance(module, nn.modules.conv._ConvNd) and module.groups == 1:
+        return (0 if module.transposed else 1), 1
+    return None
+
+
+def _read_slots(readers: list[Reader], groups: Groups, name: str) -> list[tuple[Reader, Slot]]:
+    """The slots of a group that a layer reads, with that layer."""
+    return [(r, slot) for r in readers for slot in groups.slots(name) if (slot.tensor, slot.axis) == (r.weight, r.axis)]
+
+
+@torch.no_grad()
+def mean_squares(
+    model: nn.Module, readers: list[Reader], batches: Sequence[Any], loss_fn: LossFn, accelerator: Accelerator
+) -> dict[str, Tensor]:
+    """Path of each reader → (features,) float64 mean of x² over the batches of all ranks."""
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys((reader.path for reader in readers), 0)
+
+    def watch(reader: Reader) -> Callable[[nn.Module, Any], None]:
+        def add(module: nn.Module, inputs: Any) -> None:
+            x = inputs[0].detach().movedim(reader.features, -1).flatten(0, -2).float()  # (rows, features)
+            total = x.square().sum(0).double()
+            sums[reader.path] = sums[reader.path] + total if reader.path in sums else total
+            counts[reader.path] += len(x)
+
+        return add
+
+    with streamed(model, accelerator) as module:
+        training = module.training
+        module.eval()
+        handles = [module.get_submodule(r.path).register_forward_pre_hook(watch(r)) for r in readers]
+        for batch in batches:
+            loss_fn(module, send_to_device(batch, accelerator.device))
+        for handle in handles:
+            handle.remove()
+        module.train(training)
+    means = {path: total / counts[path] for path, total in sums.items()}
+    ranks.average_(accelerator, means.values())
+    return {path: mean.cpu() for path, mean in means.items()}
+
+
+def _share(weight: Tensor, axis: int, squares: Tensor | None) -> Tensor:
+    """(size of the axis,) float64, sum 1: ‖W restricted to an element of the axis‖², times the mean of x² if given."""
+    others = [other for other in range(weight.ndim) if other != axis]
+    energy = torch.linalg.vector_norm(weight.detach(), dim=others, dtype=torch.float32).double().square()
+    if squares is not None:
+        energy = energy * squares
+    return energy / energy.sum().clamp(min=torch.finfo(torch.float64).tiny)
