@@ -2,14 +2,17 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -18,12 +21,11 @@ from offload_trainer.errors import UserError
 from offload_trainer.groups import Groups, Plan
 from offload_trainer.groups.slicing import named_tensors, rebuild
 from offload_trainer.master.checkpoint import write_json
-from offload_trainer.master.streaming import write_safetensors
+from offload_trainer.master.streaming import INDEX, WEIGHTS, write_shards
 from offload_trainer.offloader import Offloader
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 PLAN = "plan.json"
-WEIGHTS = "model.safetensors"
 
 
 @torch.no_grad()
@@ -67,40 +69,68 @@ def best_of(offloader: Offloader, samples: int, batches: Sequence[Any]) -> Plan:
     return plans[min(range(len(plans)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)]
 
 
-def save_export(module: nn.Module, plan: Plan, folder: Path) -> None:
-    """Into an existing folder: `model.safetensors`, and in `plan.json` the kept units: what it is a slice of."""
-    write_safetensors(folder / WEIGHTS, saved_tensors(module), {"format": "pt"})
-    write_json(folder / PLAN, {"kept": {name: plan[name].tolist() for name in plan}})
+def save_export(module: nn.Module, plan: Plan | None, folder: Path, shard_size: int) -> None:
+    """Into an existing folder: the module's safetensors, in shards of at most so many bytes, and what it is a slice of.
+
+    That is the kept units in `plan.json`, for a module that is a slice. Raises `OSError` when the disk is too full,
+    before writing.
+    """
+    tensors = saved_tensors(module)
+    need, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(folder).free
+    if need > free:
+        gib = [f"{count / 2**30:.2f} GiB" for count in (need, free)]
+        raise OSError(ENOSPC, f"it needs {gib[0]}, {gib[1]} are free; make room and go on with resume: auto")
+    write_shards(folder, tensors, shard_size)
+    if plan is not None:
+        write_json(folder / PLAN, {"kept": {name: plan[name].tolist() for name in plan}})
 
 
 def load_export(folder: str | Path, model: nn.Module, groups: Groups) -> nn.Module:
     """The exported module, from the full-size `model` it was cut from (the meta device will do) and its groups.
 
-    Raises `UserError` when the folder holds no export, or one of another model.
+    Raises `UserError` when the folder holds no export, one that is not whole, or one of another model.
     """
     folder = Path(folder)
-    for name in (PLAN, WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} holds no export (no {name} in it)")
-    kept = json.loads((folder / PLAN).read_text())["kept"]
-    plan = Plan(groups, {name: torch.tensor(indices) for name, indices in kept.items()})
-    tensors: dict[str, Tensor] = {}
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        stored = set(file.keys())
-        for name, full in named_tensors(model).items():
-            if name in stored:
-                tensors[name] = file.get_tensor(name)
-            elif full.is_meta:
-                raise UserError(f"{folder / WEIGHTS} does not hold {name}, and the model is on the meta device")
-            else:
-                tensors[name] = full.detach().clone()  # a buffer that is not saved
-            if tensors[name].shape != plan.shape(name):
-                there, here = tuple(tensors[name].shape), tuple(plan.shape(name))
-                raise UserError(f"{folder} is of another model: {name} is {there} there, {here} by its plan")
+    if not (folder / PLAN).is_file():
+        raise UserError(f"{folder} holds no export (no {PLAN} in it)")
+    try:
+        kept = json.loads((folder / PLAN).read_text())["kept"]
+        files = _weight_files(folder)
+        plan = Plan(groups, {name: torch.tensor(indices) for name, indices in kept.items()})
+        with ExitStack() as stack:
+            handles = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+            stored = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: _exported(name, full, stored, plan, folder) for name, full in named_tensors(model).items()}
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder} is not a whole export ({error!r})") from error
     return rebuild(model, tensors, plan, groups).eval()
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise UserError(f"{folder} holds no export (no {WEIGHTS} in it)")
+    return sorted({folder / file for file in json.loads((folder / INDEX).read_text())["weight_map"].values()})
+
+
+def _exported(name: str, full: Tensor, stored: dict[str, Any], plan: Plan, folder: Path) -> Tensor:
+    """A tensor of the exported module, `full` being the one of the whole model."""
+    if name in stored:
+        tensor = stored[name].get_tensor(name)
+    elif full.is_meta:
+        raise UserError(f"{folder} does not hold {name}, and the model is on the meta device")
+    else:
+        tensor = full.detach().clone()  # a buffer that is not saved
+    if tensor.shape != plan.shape(name):
+        there, here = tuple(tensor.shape), tuple(plan.shape(name))
+        raise UserError(f"{folder} is of another model: {name} is {there} there, {here} by its plan")
+    return tensor
+
+
 def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, tied ones once, contiguous on the host."""
+    """Parameters and persistent buffers, tied ones once, where they are."""
     state = module.state_dict()
-    return {name: state[name].detach().cpu().contiguous() for name in named_tensors(module) if name in state}
+    return {name: state[name] for name in named_tensors(module) if name in state}

@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from torch import nn
 from torch.utils.data import DataLoader
 
 from offload_trainer import snapshot
 from offload_trainer.config import Config
+from offload_trainer.config.base import size_in_bytes
 from offload_trainer.device import memory
 from offload_trainer.errors import UserError
 from offload_trainer.evaluation import evaluate, evaluate_full
+from offload_trainer.groups import Plan
+from offload_trainer.importance import importance
 from offload_trainer.master import CheckpointStore, whole_folder
 from offload_trainer.monitor import Monitor
 from offload_trainer.offloader import Offloader
@@ -36,7 +40,7 @@ def train(config: Config) -> None:
 
     store = CheckpointStore(Path(config.out) / "checkpoints", config.checkpoint.keep_last)
     torch.manual_seed(config.seed)  # the initial weights depend on nothing that came before
-    meter = Meter(task.unit, memory.host_bytes())
+    before_master = memory.host_bytes()
     with (
         Offloader(
             task.model,
@@ -69,8 +73,13 @@ def train(config: Config) -> None:
             monitor.message(f"resumed from {run.checkpoint.path}")
         if config.track.trackers:
             accelerator.init_trackers("offload-trainer")
+        if run.checkpoint is None and config.structure.start != "uniform" and run.structure.names:
+            start_structure(config, run, offloader, monitor)
         boundary = offloader.steps  # where the last round ended
         settle_from = math.ceil(config.steps * (1 - config.structure.settle))
+        if config.track.eval_every and not offloader.steps:
+            monitor.log({"step": 0, "train_seconds": 0.0, "train_cpu_seconds": 0.0, **validate(config, run, offloader)})
+        meter = Meter(task.unit, before_master)
 
         with kept_when_broken_off(offloader, store, config, monitor):
             for batch in batches(run, offloader.steps, config.steps):
@@ -87,16 +96,10 @@ def train(config: Config) -> None:
                 ended = offloader.between_rounds and step < config.steps
                 if ended and due(config.track.eval_every, boundary, step):
                     with meter.paused("evaluation"):
-                        subnet = offloader.export().to(accelerator.device)
-                        recalibrate(subnet, calibration(config, run), task.loss_fn, accelerator)
-                        validation = evaluate(subnet, task.val, task.metrics_fn, task.count, accelerator)
+                        validation = validate(config, run, offloader)
                 if step % config.track.log_every == 0 or validation or step == config.steps:
                     monitor.show(run.structure.flat if run.structure.names else torch.ones(1))
-                    monitor.log(
-                        {"step": step, **meter.read(accelerator)}
-                        | {f"val_{name}": value for name, value in validation.items()}
-                        | offloader.measured()
-                    )
+                    monitor.log({"step": step, **meter.read(accelerator)} | validation | offloader.measured())
                 if ended and due(config.checkpoint.every, boundary, step):
                     with meter.paused("checkpoint"):
                         save_checkpoint(offloader, store, config)
@@ -109,6 +112,32 @@ def train(config: Config) -> None:
     accelerator.end_training()
 
 
+def start_structure(config: Config, run: Prepared, offloader: Offloader, monitor: Monitor) -> None:
+    """s from the importance of the model's units or, as a baseline, from a random order of them."""
+    section = config.structure
+    if section.start == "random":
+        generator = torch.Generator().manual_seed(config.seed)
+        scores = {name: torch.rand(len(s), generator=generator) for name, s in run.structure.s.items()}
+    else:
+        batches = [local(run, config.steps + i) for i in range(section.calibration_batches)]
+        scores, by_weight = importance(
+            offloader.model, run.groups, run.structure.names, batches, run.task.loss_fn, run.accelerator
+        )
+        if by_weight:
+            named = ", ".join(by_weight[:3]) + (" and others" if len(by_weight) > 3 else "")
+            monitor.message(f"importance of {len(by_weight)} groups judged by weights alone ({named})")
+    offloader.start_from(scores, section.explore)
+
+
+def validate(config: Config, run: Prepared, offloader: Offloader) -> dict[str, float]:
+    """Metrics of the subnet of the largest s, as the export would have it now."""
+    task, accelerator = run.task, run.accelerator
+    subnet = offloader.export().to(accelerator.device)
+    recalibrate(subnet, calibration(config, run), task.loss_fn, accelerator)
+    metrics = task.report(evaluate(subnet, task.val, task.metrics_fn, task.count, accelerator))
+    return {f"val_{name}": value for name, value in metrics.items()}
+
+
 def conclude(config: Config, run: Prepared, offloader: Offloader, meter: Meter, monitor: Monitor) -> dict[str, Any]:
     """Choose the result, evaluate it and the full master, export it; returns the content of summary.json."""
     accelerator, task, out = run.accelerator, run.task, Path(config.out)
@@ -119,14 +148,18 @@ def conclude(config: Config, run: Prepared, offloader: Offloader, meter: Meter, 
     small = offloader.export(plan).to(accelerator.device)
     recalibrate(small, chosen_on, task.loss_fn, accelerator)
     with meter.paused("evaluation"):
-        exported = evaluate(small, task.val, task.metrics_fn, task.count, accelerator)
-        full = evaluate_full(offloader.model, task.val, task.metrics_fn, task.count, accelerator)
+        exported = task.report(evaluate(small, task.val, task.metrics_fn, task.count, accelerator))
+        full = task.report(evaluate_full(offloader.model, task.val, task.metrics_fn, task.count, accelerator))
     if accelerator.is_main_process:
-        with whole_folder(out / "export") as folder:
-            save_export(small, plan, folder)
-            note = task.save_export(small, folder) if task.save_export is not None else None
-        if note is not None:
-            monitor.message(f"{out / 'export'}: {note}")
+        results: dict[str, tuple[nn.Module, Plan | None]] = {"export": (small, plan)}
+        if config.export.full:
+            results["full"] = (offloader.model, None)
+        for name, (module, kept) in results.items():
+            with whole_folder(out / name) as folder:
+                save_export(module, kept, folder, size_in_bytes(config.export.shard_size))
+                note = task.save_export(module, folder) if task.save_export is not None else None
+            if note is not None:
+                monitor.message(f"{out / name}: {note}")
     accelerator.wait_for_everyone()
     return {
         "steps": offloader.steps,

@@ -1,8 +1,7 @@
-"""Tasks: batches depend on the step alone, text is split by file, weights arrive bit for bit, errors are one line."""
+"""Tasks: batches depend on the step alone, text is split by file, errors are one line."""
 
 import gzip
 import io
-import json
 import sys
 import tarfile
 from collections import Counter
@@ -15,7 +14,6 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from offload_trainer.errors import UserError
 from offload_trainer.tasks import causal_lm, custom, image_classification, shard, text
@@ -23,22 +21,8 @@ from offload_trainer.tasks.images import crop_and_flip, random_box
 from offload_trainer.tasks.labelled import from_datasets, read_images
 from offload_trainer.tasks.loaders import LoaderBatches
 from offload_trainer.tasks.task import Shuffle, batch_rows
-
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 256,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-
-
-def lm_config(data, **changes) -> SimpleNamespace:
-    fields = {"model": LLAMA, "data": str(data), "tokenizer": None, "sequence": 16, "batch_size": 4}
-    return SimpleNamespace(**{**fields, "val_fraction": 0.25, "val_batches": 3, **changes})
+from offload_trainer.tasks.tokens import byte_tokenizer
+from tests.language import LLAMA, lm_config, message, with_memory, write_texts
 
 
 def image_config(data, **changes) -> SimpleNamespace:
@@ -48,30 +32,10 @@ def image_config(data, **changes) -> SimpleNamespace:
     )
 
 
-def message(error) -> str:
-    """The text of a raised UserError, which must be one line."""
-    text = str(error.value)
-    assert "\n" not in text and len(text) < 400
-    return text
-
-
 def equal(left, right) -> bool:
     if isinstance(left, torch.Tensor):
         return torch.equal(left, right)
     return len(left) == len(right) and all(equal(a, b) for a, b in zip(left, right, strict=True))
-
-
-def with_memory(model: nn.Module) -> nn.Module:
-    """The model off meta, ties kept, every tensor full of what no initialisation leaves behind."""
-    memory: dict[int, torch.Tensor] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    filled = torch.full(tensor.shape, 77, dtype=tensor.dtype)
-                    filled = nn.Parameter(filled) if isinstance(tensor, nn.Parameter) else filled
-                    tensors[name] = memory.setdefault(id(tensor), filled)
-    return model
 
 
 # --- order and sharding ---------------------------------------------------------------------------------------------
@@ -110,14 +74,7 @@ def test_shards_put_together_are_the_batch():
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    folder = tmp_path / "texts"
-    for number in range(20):
-        file = folder / f"part{number % 3}" / f"{number}.txt"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(bytes([65 + number]) * (90 + number))  # each file has a letter of its own
-    (folder / ".hidden").write_text("hidden")
-    (folder / "binary.bin").write_bytes(b"a\0b" * 50)
-    return folder
+    return write_texts(tmp_path / "texts")
 
 
 def test_text_is_split_by_file_without_overlap(texts):
@@ -185,6 +142,52 @@ def test_a_tokenizer_folder_is_used_and_exported(texts, tmp_path):
         causal_lm.build(SimpleNamespace(**{**vars(config), "model": {**LLAMA, "vocab_size": 8}}), seed=0)
 
 
+def test_documents_begin_and_end_as_the_tokenizer_would_have_it():
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<s>": 0, "</s>": 1, "<unk>": 2, "a": 3, "b": 4}
+    for template, end, expected in (
+        (None, "</s>", [3, 4, 1, 4, 1]),
+        ("<s> $A", "</s>", [0, 3, 4, 1, 0, 4, 1]),  # as Llama and Gemma
+        ("<s> $A </s>", "</s>", [0, 3, 4, 1, 0, 4, 1]),  # one end, not two
+        ("<s> $A", None, [0, 3, 4, 2, 0, 4, 2]),  # the encoding of a newline
+    ):
+        raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+        raw.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "removed")
+        if template is not None:
+            special = [("<s>", 0), ("</s>", 1)]
+            raw.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=special)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=end)
+        assert text.pack([b"a b", b"b"], tokenizer).tolist() == expected
+
+
+def test_a_model_folders_own_tokenizer_is_used(texts, tmp_path):
+    """Not given: the folder's own. bytes: bytes. A new model: bytes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"task.model \(.*\) has no tokenizer in it .*: give task.tokenizer"):
+        causal_lm.build(lm_config(texts, model=str(tmp_path / "model")), seed=0)
+    by_bytes = causal_lm.build(lm_config(texts, model=str(tmp_path / "model"), tokenizer="bytes"), seed=0)
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = "a"
+    tokenizer.save_pretrained(tmp_path / "model")
+    own = causal_lm.build(lm_config(texts, model=str(tmp_path / "model")), seed=0)
+    rows = [task.train.blocks.flatten().long() for task in (own, by_bytes)]
+    assert torch.equal(rows[0].where(rows[0] != ord("a"), 10), rows[1])  # each document ends with the eos token
+    assert torch.equal(causal_lm.build(lm_config(texts), seed=0).train.blocks.flatten().long(), rows[1])
+
+
+def test_perplexity_is_e_to_the_mean_loss(texts):
+    task = causal_lm.build(lm_config(texts), seed=0)
+    assert task.report({"loss": 2.0, "accuracy": 0.5}) == {
+        "loss": 2.0, "accuracy": 0.5, "perplexity": pytest.approx(7.389056)
+    }  # fmt: skip
+    assert task.report({"loss": 1e4})["perplexity"] == float("inf")
+    assert np.isnan(task.report({"loss": float("nan")})["perplexity"])
+
+
 def test_loss_is_the_mean_over_shifted_tokens(texts):
     task = causal_lm.build(lm_config(texts), seed=0)
     model = with_memory(task.model)
@@ -200,99 +203,14 @@ def test_loss_is_the_mean_over_shifted_tokens(texts):
     assert 0 <= found["accuracy"] <= 1
 
 
-# --- language model weights -----------------------------------------------------------------------------------------
+# --- errors of language models ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_new_model_is_initialised_as_transformers_does(texts, tied):
-    def fresh(seed: int) -> nn.Module:
-        model = with_memory(causal_lm.build(lm_config(texts, model={**LLAMA, "tie_word_embeddings": tied}), 0).model)
-        places = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
-        torch.manual_seed(seed)
-        causal_lm.materialise(model, None)
-        assert places == {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
-        return model
-
-    model, twin, other = fresh(1), fresh(1), fresh(2)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
-    assert not torch.equal(model.lm_head.weight, other.lm_head.weight)
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-
-    reference = LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=tied))
-    reference.load_state_dict(model.state_dict())
-    ids = torch.arange(22).view(2, 11)
-    with torch.no_grad():  # equal only if the rotary frequencies, which no state dict holds, are right
-        assert torch.equal(model(input_ids=ids).logits, reference(input_ids=ids).logits)
-    if not tied:
-        causal_lm._forget_initialised(reference)
-        torch.manual_seed(1)
-        reference.initialize_weights()
-        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("shard_size", ["5GB", "30KB"])
-def test_streamed_weights_equal_from_pretrained(texts, tmp_path, tied, shard_size):
-    torch.manual_seed(0)
-    saved = LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=tied)).to(torch.bfloat16)
-    saved.save_pretrained(tmp_path / "model", max_shard_size=shard_size)
-    assert (tmp_path / "model" / "model.safetensors.index.json").is_file() == (shard_size == "30KB")
-    task = causal_lm.build(lm_config(texts, model=str(tmp_path / "model")), seed=0)
-    model = with_memory(task.model)
-    task.materialise(model)
-    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    state = model.state_dict()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in reference.state_dict().items())
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    ids = torch.arange(22).view(2, 11)
-    with torch.no_grad():
-        assert torch.equal(model.eval()(input_ids=ids).logits, reference(input_ids=ids).logits)
-
-
-def test_names_without_the_base_prefix_are_found(texts, tmp_path):
-    model = LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True))
-    model.model.save_pretrained(tmp_path / "base")
-    model.config.save_pretrained(tmp_path / "base")
-    task = causal_lm.build(lm_config(texts, model=str(tmp_path / "base")), seed=0)
-    loaded = with_memory(task.model)
-    task.materialise(loaded)
-    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
-
-
-def test_bad_model_folders_are_one_line_before_anything_is_allocated(texts, tmp_path):
-    def refused(folder: Path | dict, **changes) -> str:
-        model = folder if isinstance(folder, dict) else str(folder)
+def test_bad_models_are_one_line(texts, tmp_path):
+    def refused(model: dict, **changes) -> str:
         with pytest.raises(UserError) as error:
             causal_lm.build(lm_config(texts, model=model, **changes), seed=0)
         return message(error)
-
-    assert "is not a folder" in refused(tmp_path / "missing")
-    folder = tmp_path / "model"
-    folder.mkdir()
-    assert "has no config.json" in refused(folder)
-    config = LlamaConfig(**LLAMA)
-    config.save_pretrained(folder)
-    assert "has no weights" in refused(folder)
-    (folder / "pytorch_model.bin").write_bytes(b"not even read")
-    assert "pytorch_model.bin only" in refused(folder) and "convert" in refused(folder)
-    (folder / "model.safetensors").write_bytes(b"junk")
-    assert "not a readable safetensors file" in refused(folder)
-
-    LlamaForCausalLM(config).save_pretrained(folder)
-    for name, value, words in (
-        ("num_hidden_layers", 3, ("missing: model.layers.2.", " and 6 more")),
-        ("num_hidden_layers", 1, ("unexpected: model.layers.1.",)),
-        ("intermediate_size", 40, ("is (48, 32), the config says (40, 32)",)),
-        ("model_type", "nonsense", ("config.json",)),
-    ):
-        values = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**values, name: value}))
-        assert all(word in refused(folder) for word in words), refused(folder)
-        (folder / "config.json").write_text(json.dumps(values))
-
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="30KB")
-    next(folder.glob("model-*.safetensors")).unlink()
-    assert "listed in model.safetensors.index.json" in refused(folder)
 
     assert "task.model.hidden_sizee is not a field of LlamaConfig" in refused({**LLAMA, "hidden_sizee": 3})
     assert "task.model.model_type (lama)" in refused({**LLAMA, "model_type": "lama"})

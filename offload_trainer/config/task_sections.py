@@ -11,11 +11,12 @@ class CausalLM(Section):
     kind: Literal["causal_lm"]
     """The kind of task; it decides which other keys there are."""
     model: dict[str, Any] | str
-    """A Hugging Face config as a map, or a local model folder (config.json, weights if it has any)."""
+    """A Hugging Face config as a map: a new model; or a local model folder (config.json, safetensors, tokenizer)."""
     data: str | list[str] = "stdlib"
     """Text files or folders of them; stdlib: the source of the running Python's own standard library."""
     tokenizer: str | None = None
-    """A local Hugging Face tokenizer folder; null: bytes, a vocabulary of 256."""
+    """A local Hugging Face tokenizer folder, or bytes: a vocabulary of 256. null: the one in the model's folder, and
+    bytes for a new model."""
     sequence: Annotated[int, Field(gt=1)]
     """Tokens per sequence."""
     batch_size: Count

@@ -1,4 +1,4 @@
-"""Write safetensors tensor by tensor.
+"""Write safetensors tensor by tensor, in one file or in shards.
 
 `safetensors.torch.save_file` first copies every tensor into one buffer each, all at once: a second full copy. The
 format is a length, a JSON header and the raw values, so writing it in order needs no copy at all. Reading is
@@ -30,10 +30,52 @@ _NAMES = {
 }
 
 
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+"""How transformers calls the only file of a model, and the list of its shards where there are several."""
+
+
+def write_shards(folder: Path, tensors: Mapping[str, Tensor], shard_size: int) -> None:
+    """Write tensors of any device into an existing folder as transformers does, one of them at a time on the host.
+
+    One `model.safetensors` if they fit `shard_size` bytes, else `model-00001-of-00003.safetensors` and so on with an
+    index. A tensor larger than that has a shard to itself.
+    """
+    shards = split(tensors, shard_size)
+    if len(shards) == 1:
+        write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
+        return
+    files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, start=1)}
+    for file, names in files.items():
+        write_safetensors(folder / file, {name: tensors[name] for name in names}, {"format": "pt"})
+    index = {
+        "metadata": {
+            "total_parameters": sum(tensor.numel() for tensor in tensors.values()),
+            "total_size": sum(tensor.nbytes for tensor in tensors.values()),
+        },
+        "weight_map": {name: file for file, names in files.items() for name in names},
+    }
+    with open(folder / INDEX, "w") as file:
+        json.dump(index, file, indent=2)
+
+
+def split(tensors: Mapping[str, Tensor], shard_size: int) -> list[list[str]]:
+    """The names in each shard, in order: as many to a shard as have at most `shard_size` bytes, but at least one."""
+    shards: list[list[str]] = [[]]
+    room = shard_size
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append([])
+            room = shard_size
+        shards[-1].append(name)
+        room -= tensor.nbytes
+    return shards
+
+
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> tuple[int, int]:
-    """Write host tensors to a new file, flushed to disk; returns its size in bytes and its CRC-32."""
+    """Write tensors to a new file, flushed to disk; returns its size in bytes and its CRC-32."""
     header = _header(tensors, metadata)
     crc = 0
     with open(path, "wb") as file:

@@ -1,20 +1,24 @@
 """Task `causal_lm`: any transformers language model, new or pretrained, on plain text."""
 
 import dataclasses
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from offload_trainer.errors import UserError
-from offload_trainer.tasks.hf_config import fitted_config
+from offload_trainer.tasks.hf_config import save_config
+from offload_trainer.tasks.stored import Stored, stored_tensors
 from offload_trainer.tasks.task import Shuffle, Task
-from offload_trainer.tasks.text import BYTES, TrainBlocks, blocks, find_documents, pack, read_documents, split
-from offload_trainer.tasks.weights import Weights, weight_files
+from offload_trainer.tasks.text import TrainBlocks, blocks, find_documents, pack, read_documents, split
+from offload_trainer.tasks.tokens import byte_tokenizer, load_tokenizer, vocabulary
+from offload_trainer.tasks.weights import Weights, materialise
 
 if TYPE_CHECKING:
     from offload_trainer.config import CausalLM
@@ -25,19 +29,19 @@ def build(config: "CausalLM", seed: int) -> Task:
 
     Raises UserError for a model, text or tokenizer that is missing or does not fit the rest, cheapest checks first.
     """
-    folder, files = None, []
+    folder, stored = None, []
     if isinstance(config.model, str):
         folder = Path(config.model).expanduser()
-        files = _check_folder(folder)
+        stored = _check_folder(folder)
         model_config = _folder_config(folder)
     else:
         model_config = _dict_config(config.model)
     documents = find_documents(config.data)
-    tokenizer = _load_tokenizer(config.tokenizer)
-    _check_sizes(config, model_config, BYTES if tokenizer is None else len(tokenizer))
+    tokenizer = load_tokenizer(config.tokenizer, folder)
+    _check_sizes(config, model_config, vocabulary(tokenizer), tokenizer is None)
 
     model = _meta_model(model_config, folder)
-    weights = Weights.match(files, model) if folder else None
+    weights = Weights.match(stored, model) if folder else None
     train, val = split(read_documents(documents), config.val_fraction)
     train_blocks = _blocks(train, "training", config, tokenizer)
     val_blocks = _blocks(val, "validation", config, tokenizer)
@@ -46,20 +50,22 @@ def build(config: "CausalLM", seed: int) -> Task:
     val_batches = min(config.val_batches, len(val_blocks) // config.batch_size)
     text_config = model_config.get_text_config()
     length = min(11, getattr(text_config, "max_position_embeddings", None) or 11)
+    example_inputs = {
+        "input_ids": torch.arange(3 * length).view(3, length) % text_config.vocab_size,
+        "use_cache": False,
+    }
     return Task(
         model=model,
-        example_inputs={
-            "input_ids": torch.arange(3 * length).view(3, length) % text_config.vocab_size,
-            "use_cache": False,
-        },
+        example_inputs=example_inputs,
         loss_fn=loss,
         metrics_fn=metrics,
         train=TrainBlocks(train_blocks, config.batch_size, seed),
         val=[val_blocks[val_order.indices(step)].long() for step in range(val_batches)],
         unit="tokens",
         count=lambda batch: batch[:, 1:].numel(),
-        materialise=lambda model: materialise(model, weights),
-        save_export=_exporter(tokenizer),
+        derived=perplexity,
+        materialise=lambda model: materialise(model, weights.load if weights else None),
+        save_export=_exporter(byte_tokenizer() if tokenizer is None else tokenizer, example_inputs),
     )
 
 
@@ -78,34 +84,9 @@ def metrics(module: nn.Module, batch: Tensor) -> dict[str, Tensor]:
     }
 
 
-@torch.no_grad()
-def materialise(model: Any, weights: Weights | None) -> None:
-    """Fills a transformers model in place whose tensors, built on meta, are now real: stored weights or a fresh start.
-
-    What no file holds is initialised as transformers does it, buffers that are never saved (rotary frequencies)
-    included, and random from torch's seed; tied tensors end as one.
-    """
-    # Undefined memory, not an error, is what a tensor left on meta would be later.
-    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    if left:
-        raise RuntimeError(f"materialise needs real memory for every tensor; on meta: {', '.join(left)}")
-    model.tie_weights()
-    _forget_initialised(model)
-    for name in getattr(model, "all_tied_weights_keys", {}):
-        # The source's initialisation counts: the module that only borrows the tensor must not draw it again.
-        borrower = model.get_submodule(name.rpartition(".")[0])
-        if len(list(borrower.parameters(recurse=False))) == 1:
-            borrower._is_hf_initialized = True
-    if weights is not None:
-        weights.load(model)
-    model.initialize_weights()
-    _forget_initialised(model)
-
-
-def _forget_initialised(model: nn.Module) -> None:
-    """Removes the marks by which transformers skips what is initialised already."""
-    for item in [*model.modules(), *model.parameters(), *model.buffers()]:
-        vars(item).pop("_is_hf_initialized", None)
+def perplexity(means: Mapping[str, float]) -> dict[str, float]:
+    """e to the mean loss: among how many equally probable tokens the model is in doubt. Infinite beyond a float."""
+    return {"perplexity": math.inf if means["loss"] > 709 else math.exp(means["loss"])}
 
 
 def _meta_model(model_config: Any, folder: Path | None) -> Any:
@@ -113,10 +94,13 @@ def _meta_model(model_config: Any, folder: Path | None) -> Any:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, dtype=model_config.dtype or torch.float32)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"task.model: {_first_line(error)}") from error
+    except Exception as error:  # values that no check of the config's class caught
+        raise UserError(f"task.model: {type(model_config).__name__}: {_first_line(error)}") from error
     if folder and (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # broken JSON, values that its class refuses
+            raise UserError(f"task.model ({folder}): generation_config.json: {_first_line(error)}") from error
     return model
 
 
@@ -130,7 +114,8 @@ def _dict_config(values: dict[str, Any]) -> Any:
         model_config = AutoConfig.for_model(model_type, **fields)
     except Exception as error:  # validation errors of several libraries, each about a value in the dict
         raise UserError(f"task.model ({model_type}): {_first_line(error)}") from error
-    known = {field.name for field in dataclasses.fields(model_config)}
+    # Attention reads head_dim of any config, declared or not.
+    known = {"head_dim", *(field.name for field in dataclasses.fields(model_config))}
     for name in fields:
         # Whatever a config class does not take stays on it as an attribute that nothing reads.
         if name not in known and name in vars(model_config) and not name.startswith("_"):
@@ -138,46 +123,47 @@ def _dict_config(values: dict[str, Any]) -> Any:
     return model_config
 
 
-def _check_folder(folder: Path) -> list[Path]:
-    """The weight files of a folder that has what a pretrained model needs."""
+def _check_folder(folder: Path) -> list[Stored]:
+    """The stored tensors of a folder that has what a pretrained model needs."""
     if not folder.is_dir():
         raise UserError(
             f"task.model ({folder}) is not a folder: give a local model folder, or a config with model_type"
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"task.model ({folder}) has no config.json")
-    return weight_files(folder)
+    return stored_tensors(folder)
 
 
 def _folder_config(folder: Path) -> Any:
+    where = f"task.model ({folder}): config.json"
     try:
-        model_config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # broken JSON, an unknown model type, values that its class refuses
-        raise UserError(f"task.model ({folder}): config.json: {_first_line(error)}") from error
-    if getattr(model_config, "quantization_config", None):
-        raise UserError(f"task.model ({folder}) is quantized: training needs the original weights")
+        values = json.loads((folder / "config.json").read_text())
+        model_type = values["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where} is not a model's config: {type(error).__name__}: {_first_line(error)}") from error
+    if model_type not in CONFIG_MAPPING:
+        code = "auto_map" in values
+        reason = "needs code of its own, which is never run" if code else "is not one that this transformers knows"
+        raise UserError(f"{where}: model_type ({model_type}) {reason}")
+    if quantized := values.get("quantization_config"):
+        method = quantized.get("quant_method", "quantization_config") if isinstance(quantized, dict) else quantized
+        raise UserError(f"task.model ({folder}) is quantized ({method}): training needs the original weights")
+    try:
+        # Code that may lie in the folder as well is not run.
+        model_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # values that the model type's class refuses
+        raise UserError(f"{where}: {_first_line(error)}") from error
     # Stored half precision is widened, exactly: the master takes many small updates, which bfloat16 would round away.
     model_config.dtype = torch.float32
     return model_config
 
 
-def _load_tokenizer(folder: str | None) -> Any | None:
-    if folder is None:
-        return None
-    if not Path(folder).expanduser().is_dir():
-        raise UserError(f"task.tokenizer ({folder}) is not a folder: give a local tokenizer folder, or null for bytes")
-    try:
-        return AutoTokenizer.from_pretrained(Path(folder).expanduser(), local_files_only=True)
-    except Exception as error:  # whatever is wrong with the files in it
-        raise UserError(f"task.tokenizer ({folder}) does not load: {_first_line(error)}") from error
-
-
-def _check_sizes(config: "CausalLM", model_config: Any, tokens: int) -> None:
+def _check_sizes(config: "CausalLM", model_config: Any, tokens: int, bytewise: bool) -> None:
     text_config = model_config.get_text_config()
     if text_config.vocab_size < tokens:
         raise UserError(
             f"task.model's vocab_size ({text_config.vocab_size}) must be at least the tokenizer's ({tokens}"
-            f"{'' if config.tokenizer else ', bytes'})"
+            f"{', bytes' if bytewise else ''})"
         )
     positions = getattr(text_config, "max_position_embeddings", None)
     if positions is not None and config.sequence > positions:
@@ -198,24 +184,15 @@ def _blocks(documents: list[bytes], part: str, config: "CausalLM", tokenizer: An
     return cut
 
 
-def _exporter(tokenizer: Any | None) -> Callable[[nn.Module, Path], str | None]:
+def _exporter(tokenizer: Any, example_inputs: dict[str, Any]) -> Callable[[nn.Module, Path], str | None]:
     def save_export(module: nn.Module, folder: Path) -> str | None:
         """Config, generation settings and tokenizer, as `from_pretrained` looks for them."""
-        config = fitted_config(module)
-        if config is not None:
-            config.save_pretrained(folder)
         generation = getattr(module, "generation_config", None)
         if isinstance(generation, GenerationConfig):
             # Not save_pretrained: it refuses settings that loading accepts, which is no reason to lose an export.
             generation.to_json_file(folder / "generation_config.json")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        if config is None:
-            return (
-                f"there is no config.json: no {type(module.config).__name__} known here expresses these widths (layers "
-                "that differ need structure.budget per_group); offload_trainer.load_export loads it"
-            )
-        return None
+        tokenizer.save_pretrained(folder)
+        return save_config(module, folder, example_inputs)
 
     return save_export
 

@@ -36,12 +36,18 @@ class Task:
     """What is counted per second, plural: `tokens`, `images`, `samples`."""
     count: Callable[[Any], int]
     """Units in a batch."""
+    derived: Callable[[Mapping[str, float]], dict[str, float]] | None = None
+    """From the means of `metrics_fn`'s scalars over a data set, what else to report, such as perplexity."""
     widths: dict[Any, Any] = field(default_factory=dict)
     """Rules for width-carrying attributes that `find_groups` does not know."""
     materialise: Callable[[nn.Module], None] | None = None
     """Initialises in place a model that was built on meta and now has real memory; random from torch's seed."""
     save_export: Callable[[nn.Module, Path], str | None] | None = None
     """Writes what belongs beside `model.safetensors`, such as a config; returns what a user must know, if anything."""
+
+    def report(self, means: dict[str, float]) -> dict[str, float]:
+        """Means over a data set, with what `derived` makes of them."""
+        return means | (self.derived(means) if self.derived is not None else {})
 
 
 def random_stream(seed: int, *key: int) -> np.random.Generator:

@@ -14,9 +14,6 @@ from torch.utils.data import Dataset
 from offload_trainer.errors import UserError
 from offload_trainer.tasks.task import Shuffle
 
-BYTES = 256
-"""Vocabulary of the byte-level tokens."""
-
 _SKIPPED_IN_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 """Not the library's own code (installed packages), or two thirds of it by size (its tests), or generated tables."""
 
@@ -103,7 +100,8 @@ def split(documents: list[tuple[str, bytes]], val_fraction: float) -> tuple[list
 def pack(documents: list[bytes], tokenizer: Any | None) -> Tensor:  # (tokens,) uint8 or int32
     """All documents in one row, a separator after each: a newline byte, or the tokenizer's end of text.
 
-    A tokenizer without one gets its own encoding of a newline.
+    A tokenizer without one gets its own encoding of a newline. Before each document comes what the tokenizer itself
+    puts before a text (Llama's and Gemma's begin of text), since their models expect it there.
     """
     if tokenizer is None:
         row = bytearray()
@@ -111,14 +109,16 @@ def pack(documents: list[bytes], tokenizer: Any | None) -> Tensor:  # (tokens,) 
             row += content + b"\n"
         return torch.frombuffer(row, dtype=torch.uint8)
 
-    def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    def encode(texts: list[str], special: bool = False) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
 
+    bare, whole = encode(["a"])[0], encode(["a"], special=True)[0]
+    begin = whole[: next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)]
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else encode(["\n"])[0]
     rows = []
     for start in range(0, len(documents), _ENCODED_AT_ONCE):
         texts = [content.decode(errors="replace") for content in documents[start : start + _ENCODED_AT_ONCE]]
-        rows += [np.array(ids + end, dtype=np.int32) for ids in encode(texts)]
+        rows += [np.array(begin + ids + end, dtype=np.int32) for ids in encode(texts)]
     return torch.from_numpy(np.concatenate(rows))
 
 

@@ -1,131 +1,142 @@
 """Weights of a Hugging Face model folder, streamed from safetensors into tensors that exist already.
 
-`Weights.match` checks everything from the files' headers before anything is allocated; after that `load` holds one
-tensor beyond the model at a time. Nothing here reads a pickle.
+`Weights.match` checks everything from the files' headers before anything is allocated; after that `load` holds a few
+MiB beyond the model, at most one tensor.
 """
 
-import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from offload_trainer.errors import UserError
+from offload_trainer.tasks.layouts import Region, places
+from offload_trainer.tasks.stored import DTYPES, Stored, some
 
-_FLOATS = {"F64", "F32", "F16", "BF16"}
-_OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+_OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.(attn|attention)\.(masked_)?bias$")
 """Names that old files carry for buffers which transformers now computes."""
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, as its index lists them if it has one.
+@dataclass(frozen=True)
+class Move:
+    """A stored tensor and the place of its values: a region of a tensor of the model, all of it where that is ()."""
 
-    Raises UserError if there is none, only a pickle, or a shard is missing.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"task.model: {index} is not a safetensors index ({error!r})") from error
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise UserError(f"task.model ({folder}) lacks {_some(missing)}, listed in {index.name}")
-        return files
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if files := sorted(folder.glob("*.safetensors")):
-        return files
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
-    if pickles:
-        raise UserError(
-            f"task.model ({folder}) has its weights in {_some(pickles)} only, a format that can run code: "
-            "convert them to safetensors with transformers' save_pretrained"
-        )
-    raise UserError(f"task.model ({folder}) has no weights: no *.safetensors in it (for a new model give its config)")
+    stored: Stored
+    name: str
+    region: Region
 
 
 @dataclass(frozen=True)
 class Weights:
     """Which stored tensor goes where, checked when made."""
 
-    moves: tuple[tuple[Path, str, str], ...]
-    """(file, name in the file, name in the model)."""
+    moves: tuple[Move, ...]
+    """In the order in which they lie in the files."""
 
     @classmethod
-    def match(cls, files: Iterable[Path], model: Any) -> "Weights":
-        """Pairs the names in the files with those of a transformers model (on meta, say), from headers alone.
+    def match(cls, stored: Sequence[Stored], model: Any) -> "Weights":
+        """Pairs stored tensors with those of a transformers model (on meta, say), from headers alone.
 
-        As in transformers, the base model's prefix may be there or not, and one name of tied tensors is enough.
-        Raises UserError for names that are missing, unexpected or of another shape, and for quantized tensors.
+        As in transformers, the base model's prefix may be there or not, one name of tied tensors is enough, and older
+        layouts (a file tensor per expert) are converted. Raises UserError for names that are missing or unexpected,
+        shapes that contradict the config, and dtypes that are not supported.
         """
         tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
+        # Integers in the place of weights are quantized whatever their names are, and so is all that has 8 bits.
+        odd = [one for one in stored if one.dtype not in DTYPES or one.name.endswith((".qweight", ".qzeros"))]
         ignored = [*_OLD_BUFFERS, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
         moves, unexpected, wrong = [], [], []
-        for file in files:
-            for stored, shape, dtype in _headers(file):
-                name = _name_in_model(stored, tensors, model.base_model_prefix)
-                if name is None:
-                    if not any(re.search(pattern, stored) for pattern in ignored):
-                        unexpected.append(stored)
-                elif shape != tuple(tensors[name].shape):
-                    wrong.append(f"{stored} is {shape}, the config says {tuple(tensors[name].shape)}")
-                elif dtype not in _FLOATS and tensors[name].is_floating_point():
-                    wrong.append(f"{stored} is stored as {dtype}: quantized weights must be dequantized first")
-                else:
-                    moves.append((file, stored, name))
-        missing = _missing(model, tensors, {name for _, _, name in moves})
-        problems = {"missing": missing, "unexpected": unexpected}
-        if wrong:
-            raise UserError(f"task.model: {_some(wrong)}")
-        if missing or unexpected:
-            found = "; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)
+        for one, place in zip(stored, places(stored, model, tensors), strict=True):
+            if place is None:
+                if not any(re.search(pattern, one.name) for pattern in ignored):
+                    unexpected.append(one.name)
+                continue
+            target = tensors[place.name].detach()[place.region]
+            if not DTYPES.get(one.dtype, torch.int8).is_floating_point and target.is_floating_point():
+                odd.append(one)
+            elif tuple(target.shape) != one.shape:
+                wrong.append(f"{one.name} is {one.shape}, the config says {tuple(target.shape)}")
+            moves.append(Move(one, place.name, place.region))
+        if odd:
             raise UserError(
-                f"task.model: the weights do not fit the config's {type(model).__name__} ({found}); files in an older "
-                "layout can be resaved with transformers' save_pretrained(…, save_original_format=False)"
+                f"task.model: {odd[0].name} is stored as {odd[0].dtype}, which is not supported: quantized weights "
+                f"must be dequantized first, to one of {', '.join(n for n, d in DTYPES.items() if d.is_floating_point)}"
             )
-        return cls(tuple(moves))
+        if wrong:
+            raise UserError(f"task.model: {some(wrong)}")
+        problems = {"missing": _missing(model, tensors, {move.name for move in moves}), "unexpected": unexpected}
+        if found := "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names):
+            raise UserError(
+                f"task.model: the weights do not fit the config's {type(model).__name__} ({found}); if transformers "
+                "loads them, resave them with its save_pretrained(…, save_original_format=False)"
+            )
+        return cls(tuple(sorted(moves, key=lambda move: (move.stored.file, move.stored.start))))
 
     @torch.no_grad()
-    def load(self, model: Any) -> None:
-        """Copies every stored tensor into the model's, in place, one at a time, and marks it as initialised.
+    def load(self, model: nn.Module) -> None:
+        """Copies every stored tensor into the model's, in place and in their dtypes, and marks them as initialised.
 
         Raises UserError if two stored tensors differ that the config ties together.
         """
         tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
-        loaded: dict[int, str] = {}
-        for file in dict.fromkeys(file for file, _, _ in self.moves):
-            with safe_open(file, framework="pt") as handle:
-                for _, stored, name in (move for move in self.moves if move[0] == file):
-                    tensor, value = tensors[name], handle.get_tensor(stored)
-                    twin = loaded.setdefault(id(tensor), stored)
-                    if twin != stored and not torch.equal(tensor, value.to(tensor.dtype)):
-                        raise UserError(
-                            f"task.model: {twin} and {stored} differ, but the config ties them: "
-                            "set tie_word_embeddings to false in config.json"
-                        )
-                    tensor.copy_(value)
-                    vars(tensor)["_is_hf_initialized"] = True
+        filled: dict[tuple[int, str], str] = {}  # a tensor and the region of it → the stored tensor that it holds
+        for file, moves in groupby(self.moves, attrgetter("stored.file")):
+            try:
+                with open(file, "rb", buffering=0) as handle:
+                    for move in moves:
+                        tensor, stored = tensors[move.name], move.stored
+                        target = tensor.detach()[move.region]
+                        first = filled.setdefault((id(tensor), str(move.region)), stored.name)
+                        if first == stored.name:
+                            stored.read_into(handle, target)
+                        elif not stored.equals(handle, target):
+                            raise UserError(
+                                f"task.model: {first} and {stored.name} differ, but the config ties them: "
+                                "set tie_word_embeddings to false in config.json"
+                            )
+                        vars(tensor)["_is_hf_initialized"] = True
+            except OSError as error:
+                raise UserError(f"task.model: {file} cannot be read ({error.strerror or error})") from error
 
 
-def _headers(file: Path) -> list[tuple[str, tuple[int, ...], str]]:
-    """(name, shape, dtype) of every tensor in a file."""
-    try:
-        with safe_open(file, framework="pt") as handle:
-            slices = [(name, handle.get_slice(name)) for name in handle.keys()]  # noqa: SIM118  # a handle is no dict
-            return [(name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices]
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"task.model: {file} is not a readable safetensors file ({error})") from error
+@torch.no_grad()
+def materialise(model: Any, fill: Callable[[nn.Module], None] | None) -> None:
+    """Fills a transformers model in place whose tensors, built on meta, are now real.
+
+    `fill` gives some of them their values and marks them as transformers does, by `_is_hf_initialized`. The others are
+    initialised as transformers initialises them, buffers that are never saved (rotary frequencies) included, and
+    random from torch's seed. Tied tensors end as one.
+    """
+    # Undefined memory, not an error, is what a tensor left on meta would be later.
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if left:
+        raise RuntimeError(f"materialise needs real memory for every tensor; on meta: {', '.join(left)}")
+    model.tie_weights()
+    _forget_initialised(model)
+    for name in getattr(model, "all_tied_weights_keys", {}):
+        # The source's initialisation counts: the module that only borrows the tensor must not draw it again.
+        borrower = model.get_submodule(name.rpartition(".")[0])
+        if len(list(borrower.parameters(recurse=False))) == 1:
+            borrower._is_hf_initialized = True
+    if fill is not None:
+        fill(model)
+        for module in model.modules():  # where a part of a tensor is initialised, its mark is not seen
+            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            if own and all("_is_hf_initialized" in vars(tensor) for tensor in own):
+                module._is_hf_initialized = True
+    model.initialize_weights()
+    _forget_initialised(model)
 
 
-def _name_in_model(stored: str, tensors: dict[str, Tensor], prefix: str) -> str | None:
-    candidates = (stored, stored.removeprefix(f"{prefix}."), f"{prefix}.{stored}")
-    return next((name for name in candidates if name in tensors), None)
+def _forget_initialised(model: nn.Module) -> None:
+    """Removes the marks by which transformers skips what is initialised already."""
+    for item in [*model.modules(), *model.parameters(), *model.buffers()]:
+        vars(item).pop("_is_hf_initialized", None)
 
 
 def _missing(model: Any, tensors: dict[str, Tensor], found: set[str]) -> list[str]:
@@ -137,8 +148,3 @@ def _missing(model: Any, tensors: dict[str, Tensor], found: set[str]) -> list[st
         for name, tensor in tensors.items()
         if id(tensor) not in there and not any(re.search(pattern, name) for pattern in optional)
     ]
-
-
-def _some(names: list[str]) -> str:
-    """The first three, and how many more."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
