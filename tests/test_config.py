@@ -35,7 +35,7 @@ def complaint(*argv: str) -> str:
 
 def test_shipped_configs_are_those_of_readme():
     cifar = {"vgg19_cifar10", "resnet32_cifar10", "resnet32_cifar100", "wrn28_10_cifar10"}
-    assert set(NAMES) == cifar | {"quickstart", "resnet50_imagenet", "llama_from_scratch"}
+    assert set(NAMES) == cifar | {"quickstart", "resnet50_imagenet", "llama_from_scratch", "shrink_smollm2"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -43,7 +43,7 @@ def test_shipped_config_parses(name: str):
     config = parse(["--config", str(CONFIGS / f"{name}.yaml")])
     assert config.out == f"runs/{name}"
     assert config.sync_every == 50
-    assert config.structure.lr == 12e-3
+    assert config.structure.lr == (2e-3 if name == "shrink_smollm2" else 12e-3)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "cifar" in name])

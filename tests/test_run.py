@@ -229,7 +229,8 @@ def images(folder: Path, size: int) -> Path:
     return folder
 
 
-CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if "shrink" not in path.stem)
+"""Those for pretrained models are run in test_shrink.py."""
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -252,8 +253,8 @@ num_attention_heads: 4, num_key_value_heads: 2, head_dim: 8, max_position_embedd
         small += ["--task.data", str(folder), "--task.model", model, "--task.sequence", "32"]
     assert main(["--config", file, *small]) == 0
     records = metrics(tmp_path / "out")
-    assert [record["step"] for record in records] == [1, 2, 3, 4]
-    assert all(math.isfinite(record["loss"]) for record in records)
+    assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4]
+    assert all(math.isfinite(record.get("loss", record.get("val_loss"))) for record in records)
     assert (tmp_path / "out" / "export" / "model.safetensors").is_file()
 
 
@@ -283,7 +284,8 @@ def test_an_exported_cnn_loads_with_its_plan(tmp_path: Path) -> None:
 def test_the_library_example_of_the_readme_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     scope: dict[str, object] = {}
-    exec(compile(blocks[0], "README.md", "exec"), scope)
+    block = next(block for block in blocks if "with Offloader(" in block)
+    exec(compile(block, "README.md", "exec"), scope)
     small = scope["small"]
     assert isinstance(small, torch.nn.Sequential)
     assert isinstance(small[0], torch.nn.Linear) and small[0].out_features == 256

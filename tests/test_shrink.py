@@ -1,14 +1,94 @@
-"""The comparison of contenders, on a tiny model: it runs, picks up what is done, and says what it measured."""
+"""Shrinking a pretrained model, as README says; and the comparison of contenders, on a tiny one."""
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from offload_trainer import run
 from tests import runs
+
+README = (runs.ROOT / "README.md").read_text()
+
+
+@pytest.fixture
+def pretrained(tmp_path: Path) -> Path:
+    """A model folder as the hub has them: sharded bfloat16 weights, a tokenizer of its own; and text in data/text."""
+    text = tmp_path / "data" / "text"
+    text.mkdir(parents=True)
+    words = [f"{i * 7 % 50} some words of a text that goes on {i}. " for i in range(600)]
+    for i in range(12):
+        (text / f"{i}.txt").write_text("".join(words[i * 50 : (i + 1) * 50] * 6))
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    special = ["<|endoftext|>"]
+    trainer = BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=ByteLevel.alphabet())
+    tokenizer.train_from_iterator(words, trainer)
+    folder = tmp_path / "data" / "smollm2"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0]).save_pretrained(folder)
+    settings = runs.LLAMA | {
+        "vocab_size": 320,
+        "hidden_size": 48,
+        "intermediate_size": 384,
+        "head_dim": 64,
+        "num_attention_heads": 6,
+    }
+    settings |= {"num_key_value_heads": 3, "max_position_embeddings": 512}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).bfloat16()
+    model.save_pretrained(folder, max_shard_size="200KB")
+    assert (folder / "model.safetensors.index.json").is_file()
+    return folder
+
+
+def test_the_commands_of_the_readme(pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"run\.py (--config configs/shrink_smollm2.yaml.*)", README)
+    assert len(commands) == 2
+    short = (
+        "--steps 8 --sync_every 2 --task.sequence 32 --task.val_batches 2 --track.display plain --track.eval_every 4"
+    )
+    (tmp_path / "configs").symlink_to(runs.ROOT / "configs")
+
+    assert run.main([*commands[0].split(), *short.split()]) == 0
+    assert "fits" in capsys.readouterr().out and not (tmp_path / "runs").exists()
+    assert run.main([*commands[1].split(), *short.split()]) == 0
+
+    out = tmp_path / "runs" / "shrink_smollm2"
+    summary = json.loads((out / "summary.json").read_text())
+    block = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "from_pretrained" in b)
+    scope: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), scope)
+    model, tokenizer = scope["model"], scope["tokenizer"]
+    # 128 of 384 features (0.29 of them, in steps of 64), 2 of 3 key/value heads with their 4 query heads.
+    config = model.config
+    assert (config.intermediate_size, config.num_attention_heads, config.num_key_value_heads) == (128, 4, 2)
+    assert sum(p.numel() for p in model.parameters()) == summary["exported"]["parameters"]
+    assert tokenizer("some words")["input_ids"] == AutoTokenizer.from_pretrained(pretrained)("some words")["input_ids"]
+    first, last = runs.metrics(out)[0], summary["exported"]
+    assert last["loss"] < first["val_loss"]
+    assert last["perplexity"] == pytest.approx(torch.tensor(last["loss"]).exp().item(), rel=1e-5)
+    # The export computes what the final subnet computed.
+    from offload_trainer.config import parse
+    from offload_trainer.tasks import build_task
+
+    task = build_task(parse([*commands[1].split(), *short.split()]).task, 0)
+    with torch.no_grad():
+        losses = [float(task.metrics_fn(model.eval(), batch)["loss"]) for batch in task.val]
+    assert sum(losses) / len(losses) == pytest.approx(last["loss"], rel=2e-3)  # the run computes in bfloat16
+
+
+# The comparison
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from offload_trainer.errors import UserError
-from offload_trainer.tasks.hf_config import save_config
+from offload_trainer.tasks.hf_config import save_config, why_no_config
 from offload_trainer.tasks.stored import Stored, stored_tensors
 from offload_trainer.tasks.task import Shuffle, Task
 from offload_trainer.tasks.text import TrainBlocks, blocks, find_documents, pack, read_documents, split
@@ -65,6 +65,7 @@ def build(config: "CausalLM", seed: int) -> Task:
         count=lambda batch: batch[:, 1:].numel(),
         derived=perplexity,
         materialise=lambda model: materialise(model, weights.load if weights else None),
+        why_no_config=why_no_config,
         save_export=_exporter(byte_tokenizer() if tokenizer is None else tokenizer, example_inputs),
     )
 

@@ -5,13 +5,16 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from offload_trainer.errors import UserError
+from offload_trainer.tasks.hf_config import save_config, why_no_config
 from offload_trainer.tasks.loaders import train_batches, val_batches
 from offload_trainer.tasks.task import Task, batch_rows, shard
 
@@ -74,6 +77,9 @@ def build(config: "Custom", seed: int) -> Task:
         unit=returned.get("unit", "samples"),
         count=batch_rows,
         widths=dict(returned.get("widths") or {}),
+        # A model of transformers is exported with its config.
+        save_export=partial(save_config, inputs=example_inputs) if isinstance(model, PreTrainedModel) else None,
+        why_no_config=why_no_config if isinstance(model, PreTrainedModel) else None,
     )
 
 

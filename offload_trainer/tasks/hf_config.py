@@ -24,6 +24,15 @@ def save_config(module: Any, folder: Path, inputs: Inputs) -> str | None:
     return None
 
 
+def why_no_config(module: Any) -> str | None:
+    """Why no config has the shapes of a sliced `PreTrainedModel`, on meta if you like; None if one has."""
+    try:
+        shaped_config(module)
+    except NoConfigError as error:
+        return str(error)
+    return None
+
+
 def fitted_config(module: Any, inputs: Inputs) -> Any:
     """A config from which transformers builds exactly this module, a sliced `PreTrainedModel`.
 
@@ -32,6 +41,14 @@ def fitted_config(module: Any, inputs: Inputs) -> Any:
     for layers of different widths, widths that the config's class refuses, and models whose forward computes with a
     full width (Gemma scales its embeddings by √hidden_size).
     """
+    config = shaped_config(module)
+    if not _same_outputs(module, _read_back(config), inputs):
+        raise NoConfigError(f"a {type(module).__name__} that is built with these widths computes something else")
+    return config
+
+
+def shaped_config(module: Any) -> Any:
+    """A config of whose models the tensors have the module's shapes. Raises NoConfigError."""
     kind, wanted = type(module), shapes_of(module)
     config: Any = copy.deepcopy(module.config)
     config.dtype, config.architectures = module.dtype, [kind.__name__]
@@ -42,16 +59,20 @@ def fitted_config(module: Any, inputs: Inputs) -> Any:
     text = config.get_text_config()
     if getattr(text, "num_experts_per_tok", None) and getattr(text, "num_experts", None):
         text.num_experts_per_tok = min(text.num_experts_per_tok, text.num_experts)
+    if model_shapes(kind, _read_back(config)) != wanted:
+        raise NoConfigError(f"a {kind.__name__} that is built with these widths has other shapes")
+    return config
+
+
+def _read_back(config: Any) -> Any:
+    """The config as it will be read from its file."""
     try:
         with TemporaryDirectory() as folder:
             config.save_pretrained(folder)
-            written = type(config).from_pretrained(folder, local_files_only=True)
+            return type(config).from_pretrained(folder, local_files_only=True)
     except Exception as error:  # of the several libraries that validate
         reason = " ".join(str(error).split())[:200]
         raise NoConfigError(f"{type(config).__name__} refuses these widths ({reason})") from error
-    if model_shapes(kind, written) != wanted or not _same_outputs(module, written, inputs):
-        raise NoConfigError(f"a {kind.__name__} that is built with these widths computes something else")
-    return config
 
 
 @torch.no_grad()

@@ -44,6 +44,8 @@ class Task:
     """Initialises in place a model that was built on meta and now has real memory; random from torch's seed."""
     save_export: Callable[[nn.Module, Path], str | None] | None = None
     """Writes what belongs beside `model.safetensors`, such as a config; returns what a user must know, if anything."""
+    why_no_config: Callable[[nn.Module], str | None] | None = None
+    """Why the export of a sliced module (on meta, say) will have no config of its library, if it will not."""
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
         """Means over a data set, with what `derived` makes of them."""
