@@ -14,9 +14,10 @@ from offload_trainer.device.processes import require_supported
 from offload_trainer.device.subnet import TrainedSubnet
 from offload_trainer.device.workbench import Workbench
 from offload_trainer.errors import UserError
-from offload_trainer.groups import Groups, Plan, slice_module
+from offload_trainer.groups import Groups, Plan
 from offload_trainer.master import Master, StateLayout, probe_optimizer
 from offload_trainer.master.interrupts import undivided
+from offload_trainer.master.precision import FP32, Precision
 from offload_trainer.rounds import Boundary, Round, RoundReport, Spent
 from offload_trainer.structure import Structure
 
@@ -35,6 +36,8 @@ class Offloader:
         round and saves their host memory.
     clip_norm: gradients are scaled down to this norm; None: never.
     compile: `torch.compile` the subnet; needs plans of constant widths.
+    precision: types in which the master stores large tensors. The subnet and the export stay of the types `model` came
+        in; a write-back to bfloat16 rounds at random, by the seed in it, so that the expected value is exact.
 
     A round in which the loss or a weight was not finite raises at its end, before anything reaches the master.
     Use it as a context manager. A run's last, unfinished round is written back on a clean exit.
@@ -54,6 +57,7 @@ class Offloader:
         clip_norm: float | None = None,
         compile: bool = False,
         materialise: Callable[[nn.Module], None] | None = None,
+        precision: Precision = FP32,
     ):
         self.accelerator = accelerator or Accelerator()
         require_supported(self.accelerator)
@@ -67,25 +71,20 @@ class Offloader:
             raise UserError("memory.compile needs plans of constant widths: structure.sampler fixed, budget per_group")
         self.device = self.accelerator.device
         self.groups, self.structure, self.loss_fn = groups, structure, loss_fn
-        self.sync_every, self.clip_norm = sync_every, clip_norm
+        self.sync_every, self.clip_norm, self.precision = sync_every, clip_norm, precision
         carry, dtype = state == "carry", next(model.parameters()).dtype
         layout = probe_optimizer(optimizer, dtype, self.device) if carry else StateLayout({}, {}, None)
         self.steps = 0  # optimizer steps taken
         self.rounds = 0  # finished, that is, written back
         self.settled = False
-        self.report = RoundReport()
-        self.spent = Spent()
+        self._informed = False  # s started from importance, so the first plan is known
+        self.report, self.spent = RoundReport(), Spent()
         self._closed = False
         self._round: Round | None = None  # None between two rounds
-        self._master = Master(model, layout, materialise=materialise, pin=self.device.type == "cuda")
+        pin, sampled = self.device.type == "cuda", groups.sliced_by(structure.names)
+        self._master = Master(model, layout, materialise=materialise, pin=pin, precision=precision)
         self._bench = Workbench(
-            self._master,
-            self.device,
-            optimizer,
-            layout,
-            sampled=groups.sliced_by(structure.names),
-            carry=carry,
-            compile=compile,
+            self._master, self.device, optimizer, layout, sampled=sampled, carry=carry, compile=compile
         )
         self._boundary: Boundary | None = self._make_boundary()
 
@@ -143,7 +142,15 @@ class Offloader:
     def export(self, plan: Plan | None = None) -> nn.Module:
         """A small dense module on the CPU: the sliced module of `plan`, by default of the largest s."""
         self.finish_round()
-        return slice_module(self._master.model, plan or self.top_plan(), self.groups)
+        return self._master.sliced(plan or self.top_plan(), self.groups)
+
+    def start_from(self, scores: Mapping[str, Tensor], explore: float) -> None:
+        """Begin the run with s by importance (see `Structure.start_from`); the first round trains the top plan."""
+        if self.steps or self._round is not None:
+            raise RuntimeError("start_from() belongs before the first round")
+        self.structure.start_from(scores, explore)
+        self._informed = True
+        self._boundary = self._make_boundary()
 
     def __enter__(self) -> "Offloader":
         return self
@@ -159,7 +166,7 @@ class Offloader:
 
     @property
     def master(self) -> Mapping[str, Tensor]:
-        """Parameter and buffer names → full-size tensor views, host."""
+        """Parameter and buffer names → full-size tensor views, host, in the types they are stored in."""
         return self._master.tensors
 
     @property
@@ -222,8 +229,7 @@ class Offloader:
         self._master.scalars = {name: dict(scalars) for name, scalars in numbers["scalars"].items()}
         self.structure.load_state_dict(dict(boundary.structure))
         memory.set_random_state(self.device, dict(boundary.random))
-        self._round = None
-        self._boundary = boundary
+        self._round, self._boundary = None, boundary
 
     def _make_boundary(self) -> Boundary:
         numbers = {
@@ -242,19 +248,16 @@ class Offloader:
     def _running(self) -> Round:
         if self._closed:
             raise RuntimeError("the offloader is closed: train within its `with` block")
-        if self._round is None:
-            self._begin_round()
-        assert self._round is not None
-        return self._round
+        return self._round or self._begin_round()
 
     def _running_subnet(self) -> TrainedSubnet:
         self._running()
         return self._bench.subnet
 
-    def _begin_round(self) -> None:
+    def _begin_round(self) -> Round:
         self.structure.set_step(self.steps)
         reference = None
-        if self.settled:
+        if self.settled or (self._informed and not self.rounds):
             plan = self.top_plan()
         else:
             kept, other = self.structure.pair()
@@ -263,19 +266,16 @@ class Offloader:
         start, moved = time.perf_counter(), self._bench.bytes_moved
         with self.spent.on("gather"):
             self._bench.take(plan, self.steps)
-            if reference is None:
-                self._bench.drop_reference()
-            else:
-                self._bench.take_reference(reference)
+            self._bench.take_reference(reference)
         self.report = replace(self.report, round=self.rounds, gather_ms=1e3 * (time.perf_counter() - start))
         self.report.bytes_moved = self._bench.bytes_moved - moved
         self._round = Round()
+        return self._round
 
     def _end_round(self, running: Round) -> None:
         # The host waits here for the round's last kernels.
-        difference = None
-        if running.differences:
-            difference = ranks.mean(self.accelerator, torch.stack(running.differences).mean())
+        pairs = running.differences
+        difference = ranks.mean(self.accelerator, torch.stack(pairs).mean()) if pairs else None
         losses = torch.stack(running.losses)
         ranks.average_(self.accelerator, [losses])
         try:
@@ -288,7 +288,7 @@ class Offloader:
             start, moved = time.perf_counter(), self._bench.bytes_moved
             with self.spent.on("writeback"):
                 ranks.average_buffers(self.accelerator, self._bench.subnet.module)
-                self.report.delta_norm = self._bench.write_back(running.steps)
+                self.report.delta_norm = self._bench.write_back(running.steps, self.rounds)
             self.report.writeback_ms = 1e3 * (time.perf_counter() - start)
             self.report.bytes_moved += self._bench.bytes_moved - moved
             self.report.difference = difference

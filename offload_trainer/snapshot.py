@@ -4,9 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from offload_trainer.errors import UserError
 from offload_trainer.master.checkpoint import Checkpoint, CheckpointStore
+from offload_trainer.master.master import Entries, stored_moments, stored_weights
+from offload_trainer.master.moments import StateLayout
+from offload_trainer.master.precision import FP32, Precision
 from offload_trainer.offloader import Offloader
 from offload_trainer.rounds import Boundary
 from offload_trainer.structure import Structure
@@ -21,7 +26,8 @@ def save(offloader: Offloader, store: CheckpointStore, extra: Mapping[str, Any] 
         "random": boundary.random,
         **{f"moments.{name}": tensors for name, tensors in offloader.moments.items()},
     }
-    return store.save(boundary.numbers["steps"], parts, {"offloader": boundary.numbers, **(extra or {})})
+    meta = {"offloader": boundary.numbers, "precision": offloader.precision.names, **(extra or {})}
+    return store.save(boundary.numbers["steps"], parts, meta)
 
 
 def check(
@@ -30,21 +36,42 @@ def check(
     moments: Mapping[str, Any],
     trained: set[str],
     structure: Structure,
+    precision: Precision = FP32,
 ) -> None:
     """Raise `UserError` unless the checkpoint is of such a run; reads headers only.
 
-    tensors: the model's parameters and buffers, on any device. moments: the optimizer's names.
+    tensors: the model's parameters and buffers, on any device, in the types they compute in. moments: the optimizer's
+    names. precision: how the master stores both.
     """
-    checkpoint.check("weights", tensors)
+    _require_precision(checkpoint, precision, moments)
+    checkpoint.check("weights", _headers(stored_weights(tensors, precision)))
+    computes = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items() if name in trained}
+    layout = StateLayout(moments, {}, None)
     for name in moments:
-        checkpoint.check(f"moments.{name}", {n: tensor for n, tensor in tensors.items() if n in trained}, dtype=False)
+        stored = stored_moments(layout.entries(name, computes), precision)
+        checkpoint.check(f"moments.{name}", _headers(stored))
     checkpoint.check("structure", structure.state_dict())
 
 
 def restore(offloader: Offloader, checkpoint: Checkpoint) -> None:
     """Put a freshly made offloader where the checkpoint's was."""
+    _require_precision(checkpoint, offloader.precision, offloader.moments)
     checkpoint.read_into("weights", offloader.master)
     for name, tensors in offloader.moments.items():
         checkpoint.read_into(f"moments.{name}", tensors)
     numbers = checkpoint.meta["offloader"]
     offloader.load_boundary(Boundary(numbers, checkpoint.read("structure"), checkpoint.read("random")))
+
+
+def _require_precision(checkpoint: Checkpoint, precision: Precision, moments: Mapping[str, Any]) -> None:
+    there = checkpoint.meta.get("precision", FP32.names)
+    for key in ("weights", "moments") if moments else ("weights",):
+        if precision.names[key] != there[key]:
+            raise UserError(
+                f"memory.{key} ({precision.names[key]}) must be {there[key]}, as in the checkpoint {checkpoint.path}"
+            )
+
+
+def _headers(entries: Entries) -> dict[str, Tensor]:
+    """Tensors of these types and shapes, without memory."""
+    return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in entries.items()}

@@ -86,9 +86,9 @@ def test_an_interrupt_within_a_write_back_waits(tmp_path: Path, monkeypatch: pyt
     with offloader(network(), sync_every=5) as trainer:
         write_back = trainer._bench.write_back
 
-        def interrupted(steps: int) -> float:
+        def interrupted(steps: int, round: int) -> float:
             signal.raise_signal(signal.SIGINT)
-            return write_back(steps)
+            return write_back(steps, round)
 
         monkeypatch.setattr(trainer._bench, "write_back", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -99,7 +99,7 @@ def test_an_interrupt_within_a_write_back_waits(tmp_path: Path, monkeypatch: pyt
 
 def test_a_broken_write_back_makes_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with offloader(network(), sync_every=5) as trainer:
-        monkeypatch.setattr(trainer._bench, "write_back", lambda steps: 1 / 0)
+        monkeypatch.setattr(trainer._bench, "write_back", lambda steps, round: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(trainer, data(5))
         with pytest.raises(RuntimeError, match="broken off"):

@@ -9,6 +9,7 @@ from torch import Tensor
 from offload_trainer.device import memory, transfer
 from offload_trainer.device.transfer import Transfer, gather_into, scatter_from
 from offload_trainer.groups import Group, Groups, Plan, Slot
+from offload_trainer.master.precision import FP32
 from offload_trainer.master.slab import Slab
 
 Index = tuple[Tensor | None, ...]
@@ -66,6 +67,41 @@ def test_a_round_trip_without_training_changes_nothing(case: tuple[Tensor, Index
     gather_into(out, full, index)
     scatter_from(out, full, index)
     assert torch.equal(full.view(torch.uint8), before.view(torch.uint8))
+
+
+@given(cases())
+def test_a_gather_from_a_narrower_master_widens(case: tuple[Tensor, Index]):
+    full, index = case[0].bfloat16(), case[1]
+    expected = full[mesh(full, index)].float()
+    out = torch.zeros(expected.shape)
+    gather_into(out, full, index)
+    assert torch.equal(out, expected)
+
+
+@settings(max_examples=40, deadline=None)  # in the smallest pieces every element is one
+@given(cases(), st.integers(0, 3))
+def test_a_write_back_to_a_narrower_master_rounds_each_kept_entry_by_its_place(case: tuple[Tensor, Index], round: int):
+    """The same bits however it is cut into pieces, and no bit of the other entries."""
+    full, index = case[0].bfloat16(), case[1]
+    places, rounding = mesh(full, index), FP32.rounding(round, "weights")
+    old = full[places].float()
+    values = old * 1.003 + 1
+    expected = full.clone()
+    expected[places] = rounding.narrow(values, 0)
+    squared = scatter_from(values, full, index, delta=True, rounding=rounding)
+    assert torch.equal(full.view(torch.int16), expected.view(torch.int16))
+    assert squared == pytest.approx((values - old).double().square().sum().item(), rel=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases())
+def test_a_round_trip_through_float32_changes_nothing(case: tuple[Tensor, Index]):
+    full, index = case[0].bfloat16(), case[1]
+    before = full.clone()
+    out = torch.zeros(full[mesh(full, index)].shape)
+    gather_into(out, full, index)
+    scatter_from(out, full, index, rounding=FP32.rounding(0, "weights"))
+    assert torch.equal(full.view(torch.int16), before.view(torch.int16))
 
 
 def test_entries_outside_survive_whatever_they_hold():

@@ -1,5 +1,7 @@
 """The sliced network of one plan, on the device: its module, optimizer and moments, as views of a few slabs."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -9,16 +11,19 @@ from offload_trainer.groups.plan import Plan
 from offload_trainer.groups.slicing import rebuild
 from offload_trainer.master.master import Master
 from offload_trainer.master.moments import OptimizerFactory, StateLayout, read_scalars, set_scalars
-from offload_trainer.master.slab import Slab, by_dtype
+from offload_trainer.master.slab import Slab
 
 
 class Subnet:
-    """Weights and buffers of a plan, gathered; `load` moves it to another plan of the same widths, in place."""
+    """Weights and buffers of a plan, gathered; `load` moves it to another plan of the same widths, in place.
+
+    It is of the types the model came in, however narrow the master is.
+    """
 
     def __init__(self, master: Master, plan: Plan, transfer: Transfer, device: torch.device):
         self._master, self._transfer = master, transfer
-        entries = {name: (tensor.dtype, plan.shape(name)) for name, tensor in master.tensors.items()}
-        self.slabs = [Slab(shapes, dtype, device) for dtype, shapes in by_dtype(entries).items()]
+        entries = {name: (dtype, plan.shape(name)) for name, dtype in master.computes.items()}
+        self.slabs = make_slabs(entries, master.tensors, device)
         views = {name: view for slab in self.slabs for name, view in slab.items()}
         self.module: nn.Module = rebuild(master.model, views, plan, plan.groups).train()
         self.load(plan)
@@ -33,9 +38,16 @@ class Subnet:
         """Whether a plan has this subnet's shapes, so that `load` may be used."""
         return all(len(plan[name]) == len(self.plan[name]) for name in plan)
 
-    def write_back(self, *, delta: bool) -> float:
-        """Values → master; with `delta`, the squared norm of the change of all floating-point tensors."""
-        return sum(self._transfer.write_back(s, self._master.tensors, self.plan, delta=delta) for s in self.slabs)
+    def write_back(self, *, delta: bool, round: int = 0) -> float:
+        """Values → master; with `delta`, the squared norm of the change of all floating-point tensors.
+
+        `round`: its number, from which a narrower master's random rounding follows.
+        """
+        rounding = self._master.precision.rounding(round, "weights")
+        return sum(
+            self._transfer.write_back(slab, self._master.tensors, self.plan, delta=delta, rounding=rounding)
+            for slab in self.slabs
+        )
 
     @property
     def nbytes(self) -> int:
@@ -73,8 +85,7 @@ class TrainedSubnet(Subnet):
         self._moments: dict[str, dict[str, Tensor]] = {}
         entries = {name: (parameter.dtype, parameter.shape) for name, parameter in self.parameters.items()}
         for moment in layout.moments if carry else ():
-            table = by_dtype(layout.entries(moment, entries))
-            slabs = [Slab(shapes, dtype, device) for dtype, shapes in table.items()]
+            slabs = make_slabs(layout.entries(moment, entries), master.moments[moment], device)
             for slab in slabs:
                 slab.flat.zero_()  # a parameter that gets no gradient is written back as well
             self._moment_slabs += [(moment, slab) for slab in slabs]
@@ -84,7 +95,7 @@ class TrainedSubnet(Subnet):
     def load_moments(self, clock: int, *, gather: bool = True) -> None:
         """Begin a round: this plan's moments, as of step `clock` for parameters whose entries differ in age.
 
-        `gather=False` when the plan has not changed: what the last write-back left is what the master holds.
+        `gather=False` when the last write-back left here what the master holds of this plan.
         """
         if not self._carry:
             self.optimizer.state.clear()
@@ -106,7 +117,7 @@ class TrainedSubnet(Subnet):
             state.update({moment: views[name] for moment, views in self._moments.items()})
             set_scalars(state, self._layout, {**scalars, "step": clock} if self._mixed(name) else scalars)
 
-    def write_back_moments(self) -> None:
+    def write_back_moments(self, round: int) -> None:
         """End a round: moments and scalars → master. The live moments of mixed-age parameters are used up by it."""
         if not self._carry:
             return
@@ -119,7 +130,8 @@ class TrainedSubnet(Subnet):
                     slab[name].copy_(live)  # the optimizer made its own in the first round
                 if self._mixed(name):
                     slab[name].div_(self._layout.correction(moment, float(states[name].get("step", 0))))
-            self._transfer.write_back(slab, self._master.moments[moment], self.plan)
+            rounding = self._master.precision.rounding(round, moment)
+            self._transfer.write_back(slab, self._master.moments[moment], self.plan, rounding=rounding)
 
     def is_finite(self) -> bool:
         """Whether every parameter and every moment is finite. The host waits for the device here."""
@@ -134,3 +146,14 @@ class TrainedSubnet(Subnet):
     @property
     def moment_bytes(self) -> int:
         return sum(slab.nbytes for _, slab in self._moment_slabs)
+
+
+def make_slabs(
+    entries: Mapping[str, tuple[torch.dtype, torch.Size]], stored: Mapping[str, Tensor], device: torch.device
+) -> list[Slab]:
+    """Slabs on the device of the given types and shapes: one for each type, and of it for each stored type, so that
+    a slab crosses the link as a whole."""
+    table: dict[tuple[torch.dtype, torch.dtype], dict[str, torch.Size]] = {}
+    for name, (dtype, shape) in entries.items():
+        table.setdefault((dtype, stored[name].dtype), {})[name] = shape
+    return [Slab(shapes, dtype, device) for (dtype, _), shapes in table.items()]

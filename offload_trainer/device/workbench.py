@@ -43,7 +43,7 @@ class Workbench:
         self.clock = 0
         """Steps of the moments of entries of mixed age (see master/moments.py)."""
         self.trained = ""
-        """Digest of the plan trained last: a plan that is trained twice running keeps its moments and clock."""
+        """Digest of the plan trained last: a plan that is trained twice running keeps its clock."""
 
     @property
     def subnet(self) -> TrainedSubnet:
@@ -61,9 +61,11 @@ class Workbench:
         if not same:
             self.clock = min(steps, self._layout.horizon)
         if self._subnet is not None and self._subnet.fits(plan):
-            if not same:
+            # A narrower master has rounded what is still here, and a resumed run would not have it.
+            there = same and self._master.exact
+            if not there:
                 self._subnet.load(plan)
-            self._subnet.load_moments(self.clock, gather=not same)
+            self._subnet.load_moments(self.clock, gather=not there)
             return
         self._subnet = None  # before the next one is made: never two
         self._subnet = TrainedSubnet(
@@ -79,11 +81,13 @@ class Workbench:
         )
         self.forward = torch.compile(self._subnet.module) if self._compile else self._subnet.module
 
-    def take_reference(self, plan: Plan) -> None:
-        if self._reference is not None and self._reference.fits(plan):
+    def take_reference(self, plan: Plan | None) -> None:
+        """Make the reference that of `plan`; None: there is none in this round."""
+        if plan is not None and self._reference is not None and self._reference.fits(plan):
             self._reference.load(plan)
-        else:
-            self._reference = None
+            return
+        self._reference = None  # before the next one is made: never two
+        if plan is not None:
             self._reference = Subnet(self._master, plan, self._transfer, self._device)
 
     def drop_reference(self) -> None:
@@ -98,10 +102,10 @@ class Workbench:
         memory.set_random_state(self._device, before)
         return loss
 
-    def write_back(self, steps: int) -> float:
-        """End a round of `steps` steps: everything → master. Returns the norm of what that changed."""
-        norm = self.subnet.write_back(delta=True) ** 0.5
-        self.subnet.write_back_moments()
+    def write_back(self, steps: int, round: int) -> float:
+        """End a round, of this number, of `steps` steps: everything → master. Returns the norm of its change."""
+        norm = self.subnet.write_back(delta=True, round=round) ** 0.5
+        self.subnet.write_back_moments(round)
         self.clock += steps
         return norm
 

@@ -41,7 +41,7 @@ class Checkpoint:
         with safe_open(self.path / f"{part}.safetensors", framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
-    def check(self, part: str, targets: Mapping[str, Tensor], dtype: bool = True) -> None:
+    def check(self, part: str, targets: Mapping[str, Tensor]) -> None:
         """Raise `UserError` unless the part holds exactly the tensors of `targets` (any device): reads headers only."""
         file_name = f"{part}.safetensors"
         if file_name not in self.files:
@@ -57,7 +57,7 @@ class Checkpoint:
             if name in targets:
                 here = (str(tuple(targets[name].shape)), dtype_name(targets[name].dtype))
             if name in there:
-                stored = (str(there[name][0]), there[name][1] if dtype else here[1])
+                stored = (str(there[name][0]), there[name][1])
             for was, now in zip(stored, here, strict=True):
                 if was != now:
                     raise UserError(f"checkpoint {self.path} is of another model: {name} is {was} there, {now} here")

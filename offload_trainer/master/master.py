@@ -3,21 +3,29 @@
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+import torch
 from torch import Tensor, nn
 
-from offload_trainer.groups.slicing import named_tensors
+from offload_trainer.groups.plan import Groups, Plan
+from offload_trainer.groups.slicing import named_tensors, slice_module
 from offload_trainer.master.moments import StateLayout
+from offload_trainer.master.precision import FP32, Precision
 from offload_trainer.master.slab import Slab, by_dtype, slab_bytes
+
+Entries = dict[str, tuple[torch.dtype, torch.Size]]
+"""Name → stored type and shape."""
 
 
 class Master:
     """Takes a model over: its parameters and buffers move into slabs, and the model's own become views of them.
 
     A model on the meta device gets memory here for the first time and is then filled by `materialise(model)`. A real
-    model is moved tensor by tensor, each old one freed before the next, so no two full copies ever exist.
+    model is moved tensor by tensor, each old one freed before the next, so no two full copies ever exist. With a
+    `precision` of bfloat16 the model's parameters really are of that type from then on, rounded to the nearest.
 
     `tensors` maps names to full-size views, `moments` maps the optimizer's names (`exp_avg`) to such maps, and
-    `scalars` maps parameter names to the optimizer's numbers (`step`), empty until the first write-back.
+    `scalars` maps parameter names to the optimizer's numbers (`step`), empty until the first write-back. `computes`
+    maps names to the types the model came in, which are those of every subnet.
     """
 
     def __init__(
@@ -27,13 +35,15 @@ class Master:
         *,
         materialise: Callable[[nn.Module], None] | None = None,
         pin: bool = False,
+        precision: Precision = FP32,
     ):
-        self.model = model
+        self.model, self.precision = model, precision
         self._slabs: list[Slab] = []
         tensors: dict[str, Tensor] = {}
         full = named_tensors(model)
+        self.computes: Mapping[str, torch.dtype] = MappingProxyType({name: t.dtype for name, t in full.items()})
         meta = any(tensor.is_meta for tensor in full.values())
-        for dtype, shapes in by_dtype({name: (t.dtype, t.shape) for name, t in full.items()}).items():
+        for dtype, shapes in by_dtype(stored_weights(full, precision)).items():
             slab = Slab(shapes, dtype, pin=pin)
             self._slabs.append(slab)
             tensors.update(slab)
@@ -46,10 +56,10 @@ class Master:
         self.tensors: Mapping[str, Tensor] = MappingProxyType({name: tensors[name] for name in names})
         self.trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         self.moments: dict[str, Mapping[str, Tensor]] = {}
-        trained = {n: (t.dtype, t.shape) for n, t in self.tensors.items() if n in self.trainable}
+        trained = {name: (self.computes[name], t.shape) for name, t in self.tensors.items() if name in self.trainable}
         for moment in layout.moments:
             views: dict[str, Tensor] = {}
-            for dtype, shapes in by_dtype(layout.entries(moment, trained)).items():
+            for dtype, shapes in by_dtype(stored_moments(layout.entries(moment, trained), precision)).items():
                 slab = Slab(shapes, dtype, pin=pin)
                 slab.flat.zero_()
                 self._slabs.append(slab)
@@ -61,20 +71,43 @@ class Master:
     def nbytes(self) -> int:
         return sum(slab.nbytes for slab in self._slabs)
 
+    @property
+    def exact(self) -> bool:
+        """Whether a write-back leaves here, bit for bit, what the device held."""
+        kinds = [self.precision.weights, *([self.precision.moments] if self.moments else [])]
+        return all(dtype == torch.float32 for dtype in kinds)
+
+    def sliced(self, plan: Plan, groups: Groups) -> nn.Module:
+        """A plan's module on the host, in the types it computes in, with tensors of its own."""
+        module = slice_module(self.model, plan, groups)
+        for name, tensor in named_tensors(module).items():
+            tensor.data = tensor.data.to(self.computes[name])  # one at a time, each narrow one freed before the next
+        return module
+
     def close(self) -> None:
         for slab in self._slabs:
             slab.close()
 
 
-def master_bytes(model: nn.Module, layout: StateLayout) -> dict[str, int]:
+def master_bytes(model: nn.Module, layout: StateLayout, precision: Precision = FP32) -> dict[str, int]:
     """Bytes of the slabs a master of this model would hold: weights and buffers, then each moment."""
-    tensors = {name: (t.dtype, t.shape) for name, t in named_tensors(model).items()}
     trained = {name: (p.dtype, p.shape) for name, p in model.named_parameters() if p.requires_grad}
-    sizes = {"weights": sum(slab_bytes(shapes, dtype) for dtype, shapes in by_dtype(tensors).items())}
-    for moment in layout.moments:
-        table = by_dtype(layout.entries(moment, trained))
-        sizes[moment] = sum(slab_bytes(shapes, dtype) for dtype, shapes in table.items())
-    return sizes
+    tables = {"weights": stored_weights(named_tensors(model), precision)}
+    tables |= {moment: stored_moments(layout.entries(moment, trained), precision) for moment in layout.moments}
+    return {kind: sum(slab_bytes(shapes, dtype) for dtype, shapes in by_dtype(t).items()) for kind, t in tables.items()}
+
+
+def stored_weights(tensors: Mapping[str, Tensor], precision: Precision) -> Entries:
+    """Of a model's parameters and buffers, which are of the types they compute in."""
+    return {
+        name: (precision.weight(t.dtype, t.shape) if isinstance(t, nn.Parameter) else t.dtype, t.shape)
+        for name, t in tensors.items()
+    }
+
+
+def stored_moments(entries: Entries, precision: Precision) -> Entries:
+    """Of a moment that the optimizer keeps as `entries` says."""
+    return {name: (precision.moment(dtype, shape), shape) for name, (dtype, shape) in entries.items()}
 
 
 def _adopt(model: nn.Module, name: str, view: Tensor) -> None:

@@ -8,13 +8,14 @@ from torch import Tensor
 from offload_trainer.device import memory
 from offload_trainer.errors import UserError
 
-ALIGNMENT = 64
-"""Bytes: every view starts on a cache line, so vectorised kernels and 16-byte device loads apply."""
+ALIGNMENT = 32
+"""Elements: every view starts on a cache line in types of two bytes and more, so vectorised kernels and 16-byte device
+loads apply; and slabs of the same shapes are laid out alike whatever their types."""
 
 
 def slab_bytes(shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> int:
     """Bytes of a slab of these shapes, alignment included."""
-    return sum(_padded(shape.numel(), dtype) for shape in shapes.values()) * dtype.itemsize
+    return sum(_padded(shape.numel()) for shape in shapes.values()) * dtype.itemsize
 
 
 def by_dtype(tensors: Mapping[str, tuple[torch.dtype, torch.Size]]) -> dict[torch.dtype, dict[str, torch.Size]]:
@@ -25,9 +26,8 @@ def by_dtype(tensors: Mapping[str, tuple[torch.dtype, torch.Size]]) -> dict[torc
     return table
 
 
-def _padded(numel: int, dtype: torch.dtype) -> int:
-    unit = max(1, ALIGNMENT // dtype.itemsize)
-    return -(-numel // unit) * unit
+def _padded(numel: int) -> int:
+    return -(-numel // ALIGNMENT) * ALIGNMENT
 
 
 class Slab(Mapping[str, Tensor]):
@@ -41,7 +41,7 @@ class Slab(Mapping[str, Tensor]):
         *,
         pin: bool = False,
     ):
-        numel = sum(_padded(shape.numel(), dtype) for shape in shapes.values())
+        numel = sum(_padded(shape.numel()) for shape in shapes.values())
         try:
             self.flat = torch.empty(numel, dtype=dtype, device=device)
         except RuntimeError as error:
@@ -55,7 +55,9 @@ class Slab(Mapping[str, Tensor]):
         start = 0
         for name, shape in shapes.items():
             self._views[name] = self.flat[start : start + shape.numel()].view(shape)
-            start += _padded(shape.numel(), dtype)
+            end = start + _padded(shape.numel())
+            self.flat[start + shape.numel() : end] = 0  # what arithmetic over all of `flat` finds there
+            start = end
 
     def close(self) -> None:
         """Unpin. The views stay valid for as long as somebody holds them."""
