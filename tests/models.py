@@ -6,24 +6,51 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForMaskedLM
 
 from offload_trainer.tasks.vision_models import build_model
 
 VOCABULARY = 61  # odd, and no width of any model here
 
 
-def llm(kind: str, **settings: Any) -> nn.Module:
-    """A causal language model of transformers, on the meta device: 2 layers, 4 heads of 16, 2 key/value heads."""
+def llm(kind: str, *, device: str = "meta", **settings: Any) -> nn.Module:
+    """A language model of transformers: 2 layers, 4 heads of 16, 2 key/value heads where it has any of their own."""
     common = dict(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
     if kind != "gpt2":
         common |= dict(intermediate_size=96, max_position_embeddings=64)
     if kind not in ("gpt2", "gpt_neox", "opt", "bert"):
         common |= dict(num_key_value_heads=2)
     config = AutoConfig.for_model(kind, **(common | settings))
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    with torch.device(device):
+        return (AutoModelForMaskedLM if kind == "bert" else AutoModelForCausalLM).from_config(config)
+
+
+def moe(kind: str, *, device: str = "meta", **settings: Any) -> nn.Module:
+    """A mixture of experts of transformers: in both layers 4 experts, of which 2 are chosen."""
+    sizes = dict(moe_intermediate_size=24, num_experts_per_tok=2, num_local_experts=4, num_experts=4)
+    if kind.startswith("deepseek"):
+        sizes |= dict(num_key_value_heads=4, q_lora_rank=24, kv_lora_rank=24, first_k_dense_replace=0, n_group=1)
+        sizes |= dict(qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, head_dim=8, topk_group=1)
+        sizes |= dict(n_routed_experts=4, mlp_layer_types=["sparse", "sparse"])
+    known = AutoConfig.for_model(kind).to_dict()
+    return llm(kind, device=device, **{key: value for key, value in (sizes | settings).items() if key in known})
+
+
+def classifier(kind: str, *, device: str = "meta", **settings: Any) -> nn.Module:
+    """An image classifier of transformers, for 5 classes."""
+    config = AutoConfig.for_model(kind, num_labels=5, **settings)
+    with torch.device(device):
+        return AutoModelForImageClassification.from_config(config)
+
+
+def efficientnet_lite(device: str = "meta") -> nn.Module:
+    """EfficientNet-Lite0 of its package, a quarter as wide and a third as deep."""
+    with torch.device(device):
+        return EfficientNet.from_name(
+            "efficientnet-lite0", width_coefficient=0.25, depth_coefficient=0.3, num_classes=5, image_size=32
+        )
 
 
 def tokens(batch: int = 3, length: int = 11) -> dict[str, Any]:

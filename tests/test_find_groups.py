@@ -1,9 +1,9 @@
 """What can be sliced: every family is traced and proved; exact groups of the important ones; errors that help."""
 
+import functools
 import resource
 import sys
 import time
-from fnmatch import fnmatch
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offload_trainer import Groups, UserError, find_groups, verify_groups
-from offload_trainer.groups import rule
+from offload_trainer.groups import read_rules, rule
 from offload_trainer.groups.rules import RULES, pointwise
 from tests import models
 from tests.models import FAMILIES, MLP, ViT, images, llm, tokens, vectors
@@ -62,6 +62,16 @@ def test_llama(tied: bool):
         expected |= {f"model.layers.{i}.mlp.{p}_proj.weight:1" for p in ("gate", "up")}
         expected |= {f"model.layers.{i}.self_attn.o_proj.weight:0", f"model.layers.{i}.mlp.down_proj.weight:0"}
     assert slots(groups, "residual") == expected
+
+
+def test_the_block_of_a_group_divides_those_of_its_matrices():
+    """Widths in elements are multiples of it: what a structure needs to round them."""
+    groups = find_groups(llm("llama"), tokens())
+    assert groups.block("model.layers.0.self_attn") == 16  # queries have 32 rows a unit, keys 16
+    assert groups.block("residual") == groups.block("model.layers.0.mlp") == 1
+    assert find_groups(llm("gpt_neox"), tokens()).block("gpt_neox.layers.0.attention.query_key_value") == 16
+    by_hand = read_rules({"bias": ["second.bias:0"]}, MLP())
+    assert by_hand.block("bias") == 1, "no matrix at all"
 
 
 def test_multi_query_attention():
@@ -146,23 +156,6 @@ def test_vit_heads_inside_a_threefold_projection():
     assert {"token:2", "positions:2", "head.weight:1"} <= slots(groups, "residual")
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "gemma"])
-def test_the_tensor_parallel_plan_of_transformers_agrees(kind: str):
-    """base_model_tp_plan: colwise weights are cut on axis 0 by heads or features, rowwise ones on axis 1."""
-    model = llm(kind, head_dim=16)
-    groups = find_groups(model, tokens())
-    inner = {str(s) for group in groups if group.name != "residual" for s in group.slots}
-    checked = 0
-    for pattern, style in model.config.base_model_tp_plan.items():
-        if style in ("colwise", "rowwise"):
-            axis = 0 if style == "colwise" else 1
-            for name, shape in groups.shapes.items():
-                if len(shape) == 2 and fnmatch(name, f"model.{pattern}.weight"):
-                    assert any(s.split(":")[:2] == [name, str(axis)] for s in inner), (name, style)
-                    checked += 1
-    assert checked == 14  # q, k, v, o, gate, up, down of two layers
-
-
 def test_what_the_outputs_do_not_need_is_no_group_of_its_own():
     groups = find_groups(models.Unused(), vectors(6))
     assert units(groups) == {"first": 8}
@@ -199,7 +192,7 @@ def test_a_width_of_a_training_branch_is_missed_by_name():
             hidden = self.first(x)
             return self.second(self.auxiliary(hidden) if self.training else hidden)
 
-    with pytest.raises(UserError, match=r"a width rule is missing .* in training: auxiliary \(Auxiliary\)"):
+    with pytest.raises(UserError, match=r"does not run; .* in training: auxiliary \(Auxiliary\)"):
         find_groups(TrainedView(), vectors(6))
 
 
@@ -243,6 +236,104 @@ def test_eight_billion_parameters():
     assert "model.layers.{0-31}.self_attn" in str(groups)
 
 
+class StoredState(nn.Module):
+    """A recurrent cell whose first state has a size of its own; behind it a layer that has nothing to do with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inputs, self.state = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.hidden, self.head = nn.Linear(8, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros(len(x), 8)
+        for step in x.unbind(1):
+            state = torch.tanh(self.inputs(step) + self.state(state))
+        return self.head(torch.relu(self.hidden(state)))
+
+
+def test_a_size_written_in_the_code_leaves_what_it_meets_whole():
+    """Unlike the state of `gru by hand`, whose size is read off a tensor."""
+    groups = find_groups(StoredState(), vectors(7, 6))
+    assert units(groups) == {"hidden": 12}
+    assert verify_groups(StoredState(), groups, vectors(7, 6)) < 1e-5
+
+
+class Cached(MLP):
+    """Remembers a constant for all its instances."""
+
+    @staticmethod
+    @functools.lru_cache
+    def scale(width: int) -> Tensor:
+        return torch.full((width,), 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x))) * self.scale(5)
+
+
+def test_fake_tensors_do_not_stay_behind():
+    groups = find_groups(Cached(), vectors(6))
+    assert type(Cached()(*vectors(6))) is Tensor
+    assert verify_groups(Cached(), groups, vectors(6)) < 1e-5
+
+
+class Remembering(MLP):
+    """Keeps what it computed last, and reads it the next time."""
+
+    def __init__(self):
+        super().__init__()
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.first(x))
+        before, self.last = self.last, hidden
+        return self.second(hidden if before is None else hidden + before)
+
+
+def test_modules_that_keep_what_they_computed_are_run_afresh():
+    groups = find_groups(Remembering(), vectors(6))
+    assert units(groups) == {"first": 8}
+    assert verify_groups(Remembering(), groups, vectors(6)) < 1e-5
+
+
+# What is left whole where that is asked for
+
+
+class TwoWidths(nn.Module):
+    """Blocks with a width stored in an attribute, and a stream between them."""
+
+    class Block(nn.Module):
+        def __init__(self, stored: bool):
+            super().__init__()
+            self.up, self.down, self.width = nn.Linear(10, 12), nn.Linear(12, 10), 12 if stored else -1
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(torch.relu(self.up(x)).view(len(x), self.width))
+
+    class Stored(Block):
+        pass
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 10), nn.Linear(10, 5)
+        self.blocks = nn.ModuleList([self.Stored(True), self.Block(False), self.Stored(True)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def test_groups_inside_modules_with_a_width_of_unknown_rule_are_dropped_when_asked():
+    with pytest.raises(
+        UserError, match=r"blocks.0 \(Stored\) .*leave it unsliced \(pin_unknown\)|pin_unknown.*blocks.0"
+    ):
+        find_groups(TwoWidths(), vectors(6))
+    groups = find_groups(TwoWidths(), vectors(6), pin_unknown=True)
+    assert units(groups) == {"residual": 10, "blocks.1.up": 12}
+    assert verify_groups(TwoWidths(), groups, vectors(6)) < 1e-5
+
+
 # Errors
 
 
@@ -279,6 +370,14 @@ def test_a_rule_may_be_added(monkeypatch: pytest.MonkeyPatch):
         rule("offload_test::twice")(pointwise)
         assert units(find_groups(Twice(), vectors(6))) == {"first": 8}
         del RULES["offload_test::twice"]
+
+
+class Replacing(MLP):
+    """Makes a module of its own when it is called, of a width that is known to it alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.second = self.second if len(self.second.weight.t()) == 8 else nn.Linear(8, 5)
+        return super().forward(x)
 
 
 class Recurrent(nn.Module):
@@ -334,12 +433,19 @@ class FixedHeads(nn.Module):
         (nn.Linear(6, 5), vectors(6), "no group of units found in Linear: every axis is pinned .*an output"),
         (Recurrent(), (torch.zeros(3, 7, dtype=torch.long),), "no group .*LSTM computes its widths itself"),
         (Nothing(), vectors(6), "the model cannot be traced: it returns no tensor"),
+        (Replacing(), vectors(6), r"a sliced subnetwork does not run; .* the model \(Replacing\)"),
+        (
+            nn.Sequential(nn.LazyLinear(5)),
+            vectors(6),
+            "0.weight of a lazy module has no shape yet: call the model once",
+        ),
+        (nn.Sequential(torch.compile(MLP(), backend="eager")), vectors(6), r"0 \(OptimizedModule\) is compiled"),
         (Deciding(), vectors(6), r"cannot be traced: the model \(Deciding\) raised DataDependent"),
         (MLP(), vectors(7), r"the model cannot be traced: first \(Linear\) raised RuntimeError"),
         (MLP(), (1, 2, 3), r"the model cannot be traced: the model \(MLP\) raised TypeError"),
-        (FixedWidth(), vectors(6), r"a sliced subnetwork does not run, a width rule is missing \(widths=…\)"),
+        (FixedWidth(), vectors(6), r"a sliced subnetwork does not run; add a rule \(widths=…\)"),
         (Rotated(), vectors(6), "group 'first' is not the same in a sliced subnetwork: second or a module around"),
-        (FixedHeads(), vectors(11, 6), "a width rule is missing|not the same in a sliced subnetwork"),
+        (FixedHeads(), vectors(11, 6), "does not run; add a rule|not the same in a sliced subnetwork"),
     ],
     ids=lambda value: type(value).__name__,
 )

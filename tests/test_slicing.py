@@ -148,7 +148,7 @@ def test_attributes_of_transformers_follow_and_its_shared_config_does_not():
 
 def test_a_width_of_ones_own_type_needs_a_rule():
     model = ViT(free=False)
-    with pytest.raises(UserError, match=r"a width rule is missing \(widths=…\): attention \(Attention\) .*heads=4"):
+    with pytest.raises(UserError, match=r"does not run; add a rule \(widths=…\), .* attention \(Attention\) .*heads=4"):
         find_groups(model, images())
     groups = find_groups(model, images(), widths={Attention: {"heads": ("qkv.weight", 0)}})
     small = slice_module(model, Plan(groups, {"attention.qkv": [0, 3]}), groups)

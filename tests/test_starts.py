@@ -120,7 +120,10 @@ def test_widths_stay_multiples_along_a_schedule():
             "structure.multiple_of (8) must be 1 unless sampler is fixed",
         ),
         ({"width_steps": {"a": 12}, "min_units": 4, "keep": 0.5}, None),
-        ({"width_steps": {"a": 12}, "min_units": 13}, "structure.multiple_of (12 units) must leave a width for a, which"),
+        (
+            {"width_steps": {"a": 12}, "min_units": 13},
+            "structure.multiple_of (12 units) must leave a width for a, which",
+        ),
     ],
 )
 def test_widths_that_cannot_be(arguments: dict, message: str | None):

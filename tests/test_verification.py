@@ -1,5 +1,8 @@
 """The proof itself: it catches hand-written rules that are wrong, and does not pass for want of evidence."""
 
+import resource
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,8 +10,12 @@ from torch import Tensor, nn
 
 from offload_trainer import Groups, UserError, find_groups, verify_groups
 from offload_trainer.groups import random_plan, read_rules
+from offload_trainer.groups.slicing import named_tensors, narrowed
 from tests import models
 from tests.models import FAMILIES, MLP, images, llm, tokens, vectors
+
+FULL, NARROW = 2**28, 0
+at_every_size = pytest.mark.parametrize("above", [FULL, NARROW], ids=["full size", "stand-in"])
 
 
 def by_hand(groups: Groups, model: nn.Module, **changed: list[str]) -> Groups:
@@ -17,13 +24,15 @@ def by_hand(groups: Groups, model: nn.Module, **changed: list[str]) -> Groups:
     return read_rules(rules | changed, model)
 
 
+@at_every_size
 @pytest.mark.parametrize("family", ["unet", "norms", "llama, tied", "phi3", "resnet32"])
-def test_groups_written_by_hand_are_proved_like_those_found(family: str):
+def test_groups_written_by_hand_are_proved_like_those_found(family: str, above: int):
     model, inputs = FAMILIES[family]()
     groups = find_groups(model, inputs)
-    assert verify_groups(model, by_hand(groups, model), inputs) < 2e-5
+    assert verify_groups(model, by_hand(groups, model), inputs, stand_in_above=above) < 2e-5
 
 
+@at_every_size
 @pytest.mark.parametrize(
     ("slots", "where"),
     [
@@ -32,10 +41,10 @@ def test_groups_written_by_hand_are_proved_like_those_found(family: str):
         (["first.weight:0", "first.bias:0", "second.weight:0"], "second"),  # wrong axis
     ],
 )
-def test_rules_that_do_not_fit_together_are_named_by_the_module_that_breaks(slots: list[str], where: str):
+def test_rules_that_do_not_fit_together_are_named_by_the_module_that_breaks(slots: list[str], where: str, above: int):
     model = MLP()
     with pytest.raises(UserError, match=rf"a sliced subnetwork of this model does not run: {where} \(Linear\)"):
-        verify_groups(model, read_rules({"hidden": slots}, model), vectors(6))
+        verify_groups(model, read_rules({"hidden": slots}, model), vectors(6), stand_in_above=above)
 
 
 class Two(nn.Module):
@@ -52,17 +61,19 @@ class Two(nn.Module):
 A, B = ["a.weight:0", "a.bias:0"], ["b.weight:0", "b.bias:0"]
 
 
-def test_a_wrong_offset_is_caught_and_the_module_named():
+@at_every_size
+def test_a_wrong_offset_is_caught_and_the_module_named(above: int):
     model = Two()
     right = read_rules({"a": [*A, "head.weight:1"], "b": [*B, "head.weight:1:1:8"]}, model)
-    assert verify_groups(model, right, vectors(6)) < 1e-5
+    assert verify_groups(model, right, vectors(6), stand_in_above=above) < 1e-5
     swapped = read_rules({"a": [*A, "head.weight:1:1:8"], "b": [*B, "head.weight:1"]}, model)
     with pytest.raises(UserError, match=r"groups 'a' and 'b' meet in head \(Linear\): a slot of one of them is wrong"):
         # Widths differ from plan to plan, so that the columns fit is luck; that they are the wrong ones is seen.
-        verify_groups(model, swapped, vectors(6))
+        verify_groups(model, swapped, vectors(6), stand_in_above=above)
 
 
-def test_a_wrong_block_is_caught():
+@at_every_size
+def test_a_wrong_block_is_caught(above: int):
     """Heads of 4 taken for single features: every shape fits."""
 
     class Heads(nn.Module):
@@ -77,26 +88,67 @@ def test_a_wrong_block_is_caught():
 
     model = Heads()
     rules = ["first.weight:0:2", "first.bias:0:2", "second.weight:1", "second.weight:1:1:4"]
-    assert verify_groups(model, read_rules({"pairs": rules}, model), vectors(6)) < 1e-5
-    with pytest.raises(UserError, match=r"second \(Linear\) takes units of group 'pairs' apart"):
-        verify_groups(model, read_rules({"pairs": [*rules[:2], "second.weight:1:2"]}, model), vectors(6))
+    assert verify_groups(model, read_rules({"pairs": rules}, model), vectors(6), stand_in_above=above) < 1e-5
+    with pytest.raises(UserError, match=r"second \(Linear\) takes units of .* apart|first seen in second"):
+        verify_groups(
+            model, read_rules({"pairs": [*rules[:2], "second.weight:1:2"]}, model), vectors(6), stand_in_above=above
+        )
 
 
-def test_one_missing_slot_of_a_llama_is_caught():
+@at_every_size
+def test_one_missing_slot_of_a_llama_is_caught(above: int):
     model = llm("llama")
     groups = find_groups(model, tokens())
     name = "model.layers.1.mlp"
     rest = [str(slot) for slot in groups.slots(name) if "up_proj" not in str(slot)]
     with pytest.raises(UserError, match=r"does not run: model.layers.1.mlp \(LlamaMLP\)"):
-        verify_groups(model, by_hand(groups, model, **{name: rest}), tokens())
+        verify_groups(model, by_hand(groups, model, **{name: rest}), tokens(), stand_in_above=above)
 
 
-def test_a_forgotten_statistic_is_caught():
+@at_every_size
+def test_a_forgotten_statistic_is_caught(above: int):
     model, inputs = FAMILIES["conv flatten linear"]()
     groups = find_groups(model, inputs)
     rest = [str(slot) for slot in groups.slots("conv") if "running_var" not in str(slot)]
     with pytest.raises(UserError, match=r"does not run: norm \(BatchNorm2d\)"):
-        verify_groups(model, by_hand(groups, model, conv=rest), inputs)
+        verify_groups(model, by_hand(groups, model, conv=rest), inputs, stand_in_above=above)
+
+
+@at_every_size
+def test_a_missing_width_rule_is_caught(above: int):
+    rule = {models.Attention: {"heads": ("qkv.weight", 0)}}
+    groups = find_groups(models.ViT(free=False), images(), widths=rule)
+    assert verify_groups(models.ViT(free=False), groups, images(), stand_in_above=above) < 1e-5
+    forgotten = Groups(groups.groups, groups.shapes)
+    with pytest.raises(UserError, match=r"does not run: attention \(Attention\) .*heads=4"):
+        verify_groups(models.ViT(free=False), forgotten, images(), stand_in_above=above)
+
+
+def test_a_billion_parameters_are_proved_in_little_memory():
+    """A float32 copy of it would be 5 GB."""
+    sizes = dict(hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8, head_dim=64)
+    model = llm("llama", vocab_size=128256, num_hidden_layers=16, **sizes)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 1e9
+    groups = find_groups(model, tokens())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert verify_groups(model, groups, tokens()) < 2e-5
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024)
+    assert grown < 1.5 * 2**30
+
+
+def test_a_stand_in_has_some_units_of_every_group():
+    model, inputs = FAMILIES["phi3"]()
+    groups = find_groups(model, inputs)
+    narrow, its_groups = narrowed(model, groups, 8, torch.Generator().manual_seed(0))
+    assert {group.name: group.units for group in its_groups} == {g.name: min(8, g.units) for g in groups}
+    assert {name: tensor.shape for name, tensor in named_tensors(narrow).items()} == its_groups.shapes
+    assert all(parameter.is_meta for parameter in narrow.parameters())
+    assert [str(slot) for slot in its_groups.slots("model.layers.1.mlp.gate_up_proj")] == [
+        "model.layers.1.mlp.gate_up_proj.weight:0",
+        "model.layers.1.mlp.gate_up_proj.weight:0:1:8",  # behind 8 gates that stay of 96
+        "model.layers.1.mlp.down_proj.weight:1",
+    ]
+    assert find_groups(narrow, inputs).groups == its_groups.groups
 
 
 class Constant(MLP):
@@ -195,7 +247,8 @@ def test_the_model_may_be_bfloat16_with_inputs_of_its_own():
     assert verify_groups(model, find_groups(model, inputs), inputs) < 1e-5
 
 
-def test_a_scale_by_the_width_found_at_run_time_is_refused():
+@at_every_size
+def test_a_scale_by_the_width_found_at_run_time_is_refused(above: int):
     """Not a slicing error, but a subnet that computes something else than a gated network: it is not passed over."""
 
     class Scaled(MLP):
@@ -205,7 +258,7 @@ def test_a_scale_by_the_width_found_at_run_time_is_refused():
 
     groups = find_groups(Scaled(), vectors(6))
     with pytest.raises(UserError, match="first seen in second"):
-        verify_groups(Scaled(), groups, vectors(6))
+        verify_groups(Scaled(), groups, vectors(6), stand_in_above=above)
 
 
 def test_random_plans_are_valid_reproducible_and_uneven_when_asked():

@@ -12,7 +12,7 @@ Whatever it cannot express is pinned: the result is then smaller, never wrong.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from math import prod
+from math import ceil, prod
 
 Axis = list["Symbol"]
 
@@ -22,7 +22,7 @@ PICKED_APART = "its entries are told apart by index"  # select, unbind: q, k, v 
 class Symbol:
     """One factor of an axis; a node of a union-find forest whose roots carry the facts."""
 
-    __slots__ = ("_link", "factors", "outer", "pinned", "residual", "segments", "size")
+    __slots__ = ("_link", "chosen", "factors", "least", "outer", "pinned", "residual", "segments", "size")
 
     def __init__(self, size: int, pinned: str | None = None, outer: "Symbol | None" = None):
         self.size = size
@@ -31,6 +31,8 @@ class Symbol:
         self.factors: Axis | None = None
         self.segments: list[Axis] | None = None
         self.residual = False  # two activations were added along it
+        self.chosen = False  # its entries are chosen by position: experts by a router
+        self.least = 1  # so many entries must stay
         self._link: Symbol | None = None
 
     @property
@@ -44,6 +46,8 @@ class Symbol:
         """From now on this leaf is `other`."""
         self._link = other
         other.residual |= self.residual
+        other.chosen |= self.chosen
+        require([other], self.least)
         if self.pinned:
             pin([other], self.pinned)
 
@@ -89,6 +93,23 @@ def is_pinned(axis: Axis) -> bool:
 def mark_residual(axis: Axis) -> None:
     for leaf in leaves(axis):
         leaf.residual = True
+
+
+def mark_chosen(axis: Axis) -> None:
+    for leaf in leaves(axis):
+        leaf.chosen = True
+
+
+def require(axis: Axis, count: int) -> None:
+    """At least `count` entries of the axis must stay: so many of them are chosen."""
+    if count < 2:
+        return
+    for symbol in resolve(axis):
+        if symbol.segments is None:
+            # Its other factors lie inside its units, so they stay whole where this one is sliced.
+            symbol.least = max(symbol.least, ceil(count * symbol.size / size_of(axis)))
+        else:
+            pin([symbol], "entries of a concatenation are chosen by position")
 
 
 def concat(axes: Sequence[Axis]) -> Axis:
@@ -137,6 +158,7 @@ def cut(axis: Axis, sizes: Sequence[int]) -> list[Axis] | None:
     if head.segments is None:
         pieces = [fresh(size, head.pinned) for size in sizes]
         head.segments = list(pieces)
+        require([head], head.least)
     else:
         cut_segments = _cut_segments(head.segments, sizes)
         if cut_segments is None:
@@ -197,7 +219,8 @@ def _factor(symbol: Symbol, outer: int) -> bool:
     if symbol.segments is None:
         first = Symbol(outer, symbol.pinned, symbol.outer)
         symbol.factors = [first, Symbol(inner, symbol.pinned, outer=first)]
-        first.residual = symbol.residual
+        first.residual, first.chosen = symbol.residual, symbol.chosen
+        require(symbol.factors, symbol.least)
         return True
     if any(size_of(segment) % inner for segment in symbol.segments):
         return False

@@ -12,13 +12,15 @@ from offload_trainer.errors import UserError
 from offload_trainer.groups import axes as ax
 from offload_trainer.groups.axes import Axis, Symbol
 from offload_trainer.groups.plan import Groups, Plan
-from offload_trainer.groups.rules import Call
+from offload_trainer.groups.rules import Axes, Call, follow
+from offload_trainer.groups.rules.elementwise import POSITIONS
 from offload_trainer.groups.running import Watch, is_floating
 from offload_trainer.groups.slicing import named_tensors
-from offload_trainer.groups.tracing import Axes
 
 _REDUCTIONS = ("mean", "sum", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min", "norm", "prod")
-REDUCTIONS = {f"aten::{name}" for name in (*_REDUCTIONS, "linalg_vector_norm", "logsumexp")}
+_REDUCTIONS += ("linalg_vector_norm", "logsumexp", "argmax", "argmin", "topk")
+REDUCTIONS = {f"aten::{name}" for name in _REDUCTIONS}
+SOFTMAXES = {f"aten::{name}" for name in ("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax")}
 
 
 class Gate(TorchDispatchMode):
@@ -89,16 +91,20 @@ class Gate(TorchDispatchMode):
             lambda x: self._gated(x) if isinstance(x, Tensor) and id(x) in self._names else x, (args, kwargs or {})
         )
         kwargs = dict(named)
-        call = Call(func, args, kwargs, None, self._axes.__getitem__, self._axes.__setitem__)
+        call = Call(func, args, kwargs, None, self._axes)
         indices = {d: index for d in _reduced(call) if (index := self.kept(self._axes[call.input][d])) is not None}
         if not indices:
             call.out = func(*args, **kwargs)
         elif call.name in REDUCTIONS:
             call.out = func(_select(call.input, indices), *args[1:], **kwargs)
+            if call.name in POSITIONS and call["dim"] is not None:
+                call.out = _positions_in_full(call.out, *indices.values())
+        elif call.name in SOFTMAXES:
+            call.out = _put_back(func(_select(call.input, indices), *args[1:], **kwargs), call.input, indices)
         else:
             call.out = _norm_over(call, indices)
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(call.out)):
-            self._axes.follow(call)
+            follow(call)
             self._require_whole_units()
         if not func.is_view:
             for out in filter(is_floating, call.outputs()):  # a function of zero need not be zero: exp, 0 / 0
@@ -130,7 +136,7 @@ def _zero_outside(tensor: Tensor, kept: Iterable[Tensor | None]) -> Tensor:
 
 def _reduced(call: Call) -> list[int]:
     """The dimensions of its input that an op reduces over."""
-    if call.name in REDUCTIONS and not isinstance(call["other"], Tensor):
+    if call.name in REDUCTIONS | SOFTMAXES and not isinstance(call["other"], Tensor):
         return call.dims(call["dim"], call.input.ndim)
     if call.name == "aten::native_layer_norm":
         return list(range(call.input.ndim - len(call["normalized_shape"]), call.input.ndim))
@@ -160,10 +166,21 @@ def _norm_over(call: Call, indices: dict[int, Tensor]) -> tuple:
             chosen = {affine[d]: index for d, index in indices.items() if d in affine}
             arguments[name] = _select(arguments[name], chosen)
     normed, *statistics = call.func(**arguments)
-    out = torch.zeros_like(full)
+    return (_put_back(normed, full, indices), *statistics)
+
+
+def _put_back(part: Tensor, full: Tensor, indices: dict[int, Tensor]) -> Tensor:
+    """The part among zeros, in the shape of `full`."""
+    out = torch.zeros(full.shape, dtype=part.dtype)
     places = [indices.get(d, torch.arange(n)) for d, n in enumerate(full.shape)]
-    out[torch.meshgrid(*places, indexing="ij")] = normed
-    return (out, *statistics)
+    out[torch.meshgrid(*places, indexing="ij")] = part
+    return out
+
+
+def _positions_in_full(result: Any, index: Tensor) -> Any:
+    """What an op returned for the selected part of one dimension, its positions those in all of it."""
+    *values, positions = result if isinstance(result, tuple | list) else [result]
+    return (*values, index[positions]) if values else index[positions]
 
 
 def _select(tensor: Tensor, indices: dict[int, Tensor]) -> Tensor:

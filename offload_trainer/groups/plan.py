@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import gcd
 from types import MappingProxyType
 
 import torch
@@ -39,6 +40,8 @@ class Group:
     name: str
     units: int
     slots: tuple[Slot, ...]
+    least: int = 1
+    """So many units must stay: a router that chooses two experts needs two."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Groups:
                 raise UserError(
                     f"group {group.name!r} has {group.units} units and {len(group.slots)} slots; each needs one"
                 )
+            if not 1 <= group.least <= group.units:
+                raise UserError(f"group {group.name!r} must keep at least {group.least} units and has {group.units}")
             for slot in group.slots:
                 self._check(group, slot)
 
@@ -99,6 +104,13 @@ class Groups:
             )
         return frozenset(slot.tensor for name in names for slot in self.slots(name))
 
+    def block(self, name: str) -> int:
+        """The greatest number that divides the blocks of all its slots on tensors of two axes or more; 1 without any.
+
+        A head of 64 features whose keys have 64 rows and whose queries have 128 has a block of 64.
+        """
+        return gcd(*(slot.block for slot in self[name].slots if len(self.shapes[slot.tensor]) > 1)) or 1
+
     def parameters(self, name: str) -> int:
         """Elements of all tensors that the group slices."""
         return sum(self.shapes[tensor].numel() for tensor in {slot.tensor for slot in self[name].slots})
@@ -120,7 +132,7 @@ class Groups:
 class Plan(Mapping[str, Tensor]):
     """A frozen choice of units: group name → kept indices, sorted, int64. A group not named is kept whole.
 
-    Raises `UserError` when made of indices that are unsorted, repeated, out of range or none at all.
+    Raises `UserError` when made of indices that are unsorted, repeated, out of range or too few.
     """
 
     def __init__(self, groups: Groups, kept: Mapping[str, Tensor]):
@@ -132,6 +144,10 @@ class Plan(Mapping[str, Tensor]):
             indices, units = torch.as_tensor(indices), known[name].units
             if indices.ndim != 1 or len(indices) == 0:
                 raise UserError(f"the plan keeps no unit of group {name!r}; at least one must stay")
+            if len(indices) < known[name].least:
+                raise UserError(
+                    f"the plan keeps {len(indices)} units of group {name!r}; at least {known[name].least} must stay"
+                )
             if indices.is_floating_point() or indices.dtype == torch.bool:
                 raise UserError(f"the plan's indices of group {name!r} must be whole numbers, not {indices.dtype}")
             indices = indices.to("cpu", torch.int64, copy=True)

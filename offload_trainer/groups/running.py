@@ -1,6 +1,7 @@
 """Run a model on example inputs, knowing which module is at work when something goes wrong."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -11,6 +12,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 from offload_trainer.errors import UserError
 
 Inputs = tuple | Mapping[str, Any]
+
+
+class ModuleError(UserError):
+    """What is wrong with one module of a model."""
+
+    def __init__(self, message: str, path: str):
+        super().__init__(message)
+        self.path = path
 
 
 class Watch:
@@ -51,7 +60,7 @@ def run_model(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def run_watched(model: nn.Module, inputs: Inputs, failure: str) -> Any:
-    """`run_model`; an exception becomes one line: `failure`, the module it happened in, and the message."""
+    """`run_model`; an exception becomes one line, a `ModuleError`: `failure`, the module, and the message."""
     with Watch(model) as watch:
         try:
             return run_model(model, inputs)
@@ -60,7 +69,19 @@ def run_watched(model: nn.Module, inputs: Inputs, failure: str) -> Any:
         except Exception as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             hint = _widths_in(watch.module)
-            raise UserError(f"{failure}: {watch.where} raised {type(error).__name__}: {lines[0]}{hint}") from error
+            message = f"{failure}: {watch.where} raised {type(error).__name__}: {lines[0]}{hint}"
+            raise ModuleError(message, watch.path) from error
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Context: nn.MultiheadAttention's fused inference path hides its axes; the plain one computes the same."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def map_inputs(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:

@@ -4,10 +4,12 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from offload_trainer.errors import UserError
-from offload_trainer.groups.plan import Groups, Plan
+from offload_trainer.groups.experts import as_batched_products, require_rows_for_grouped_products
+from offload_trainer.groups.plan import Group, Groups, Plan, Slot
 from offload_trainer.groups.widths import fit_widths
 
 
@@ -40,7 +42,51 @@ def rebuild(module: nn.Module, tensors: Mapping[str, Tensor], plan: Plan, groups
     """A copy of the module whose parameters and buffers are `tensors`, its width attributes fitted to the plan."""
     copied = with_tensors(module, tensors)
     fit_widths(copied, plan, groups)
+    require_rows_for_grouped_products(copied)
     return copied
+
+
+def sliced_groups(plan: Plan) -> Groups:
+    """The groups of the sliced module of a plan: the same, of the units that are kept."""
+    groups = tuple(
+        Group(group.name, len(plan[group.name]), tuple(_moved(slot, group, plan) for slot in group.slots), group.least)
+        for group in plan.groups
+    )
+    return Groups(groups, {name: plan.shape(name) for name in plan.groups.shapes}, plan.groups.widths)
+
+
+def _moved(slot: Slot, group: Group, plan: Plan) -> Slot:
+    """Where the slot lies once the plan has sliced its axis."""
+    index = plan.index(slot.tensor, slot.axis)
+    if index is None:
+        return slot
+    first = slot.offset + int(plan[group.name][0]) * slot.block
+    offset, start, end = torch.searchsorted(index, torch.tensor([slot.offset, first, first + slot.block])).tolist()
+    return Slot(slot.tensor, slot.axis, end - start, offset)
+
+
+def narrowed(model: nn.Module, groups: Groups, units: int, generator: torch.Generator) -> tuple[nn.Module, Groups]:
+    """The same model with `units` units of every group (all where there are fewer), and its groups.
+
+    The units are drawn at random. Parameters lie on the meta device: nothing is copied but buffers. Experts are
+    computed as batched products, which take any width.
+    """
+    kept = {}
+    for group in groups:
+        count = min(group.units, max(units, group.least + 2))
+        kept[group.name] = torch.randperm(group.units, generator=generator)[:count].sort().values
+    plan = Plan(groups, kept)
+    parameters = {name for name, _ in model.named_parameters()}
+    tensors = {
+        name: torch.empty(plan.shape(name), dtype=old.dtype, device="meta")
+        if name in parameters
+        else take(old, plan, name)
+        for name, old in named_tensors(model).items()
+    }
+    narrow = with_tensors(model, tensors)
+    as_batched_products(narrow)
+    fit_widths(narrow, plan, groups)
+    return narrow, sliced_groups(plan)
 
 
 def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -17,7 +17,7 @@ def table(groups: "Groups") -> str:
         rows.append(
             (
                 _folded([group.name for group in members]),
-                f"{times}{members[0].units:,}",
+                f"{times}{members[0].units:,}" + (f" (≥ {members[0].least})" if members[0].least > 1 else ""),
                 f"{times}{len(members[0].slots)}",
                 f"{parameters:,}",
                 f"{parameters / total:.1%}",
@@ -46,7 +46,7 @@ def _repeated(groups: "Groups") -> "list[list[Group]]":
     for group in groups:
         pattern = re.sub(r"\d+", "#", group.name, count=1)
         shapes = tuple(groups.shapes[slot.tensor] for slot in group.slots)
-        families.setdefault((pattern, group.units, shapes), []).append(group)
+        families.setdefault((pattern, group.units, group.least, shapes), []).append(group)
     return list(families.values())
 
 

@@ -4,7 +4,7 @@ The gated model (`groups.gating`) is never sliced, so the two agree only if grou
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
@@ -12,11 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from offload_trainer.errors import UserError
+from offload_trainer.groups.experts import as_batched_products
 from offload_trainer.groups.gating import Gate
-from offload_trainer.groups.plan import Group, Groups, Plan
-from offload_trainer.groups.running import Inputs, is_floating, map_inputs, run_model, run_watched, tensors_of
-from offload_trainer.groups.slicing import named_tensors, slice_module, with_tensors
-from offload_trainer.groups.tracing import plain_attention
+from offload_trainer.groups.plan import Groups, Plan
+from offload_trainer.groups.running import (
+    Inputs,
+    is_floating,
+    map_inputs,
+    plain_attention,
+    run_model,
+    run_watched,
+    tensors_of,
+)
+from offload_trainer.groups.slicing import named_tensors, narrowed, slice_module, with_tensors
+
+_MORE = 5
+"""Further draws of weights, as long as there is a group on which the outputs have not depended yet."""
+_FAILURE = "a sliced subnetwork of this model does not run"
 
 
 def verify_groups(
@@ -27,6 +39,7 @@ def verify_groups(
     plans: int = 3,
     seed: int = 0,
     tolerance: float = 2e-4,
+    stand_in_above: int = 2**28,
 ) -> float:
     """Raise `UserError`, naming the first module whose output differs, unless sliced equals gated on random plans.
 
@@ -34,50 +47,99 @@ def verify_groups(
     model on the meta device and costs one temporary copy of the model. `tolerance` is relative to the largest output;
     a group on which the outputs do not depend by more than it is an error as well: it would pass for anything.
     Returns the largest relative difference seen.
+
+    A model of more than `stand_in_above` elements is not copied. In its place stands, for every plan another, the same
+    model with 32 units of each group drawn at random (fewer, if that has more than a quarter of `stand_in_above`): all
+    its modules, layers and unsliced axes, sliced as a subnet is. What is proved is that this narrow model is sliced
+    rightly by the same groups and width rules. A slot with a wrong axis, block or offset does not fit the narrow model
+    either, or is as wrong in it, and so is a width without a rule. What could pass is what is wrong at the full width
+    alone: a branch of forward that is taken at some sizes, a limit on one.
     """
     generator = torch.Generator().manual_seed(seed)
-    tensors = named_tensors(model)
-    full = with_tensors(model, {name: _float_copy(tensor) for name, tensor in tensors.items()}).eval()
-    # Random wherever it matters: parameters, buffers that are sliced, and what has no values yet.
-    drawn = {n for n, t in tensors.items() if isinstance(t, nn.Parameter) or t.is_meta or n in groups.by_tensor}
-    drawn = {name for name in drawn if is_floating(tensors[name])}
     inputs = map_inputs(_float_copy, example_inputs)
     unseen = {group.name: group for group in groups}
+    wide = sum(shape.numel() for shape in groups.shapes.values()) > stand_in_above
+    subject = None if wide else _Subject(model, groups)
     worst = 0.0
     with plain_attention():
-        for _ in range(plans):
-            _randomise(full, drawn, generator)
-            for name in _reached(full, unseen, groups, inputs, tolerance, generator):
+        for number in range(plans + _MORE):
+            if number >= plans and not unseen:
+                break
+            drawn = subject or _Subject(*_stand_in(model, groups, stand_in_above // 4, generator), _FAILURE)
+            drawn.randomise(generator)
+            for name in _reached(drawn, unseen.keys(), inputs, tolerance, generator) if unseen else ():
                 del unseen[name]
-            plan = random_plan(groups, generator, spread=0.3)
-            worst = max(worst, _verify(full, plan, groups, inputs, tolerance))
+            worst = max(worst, _verify(drawn, random_plan(drawn.groups, generator, spread=0.3), inputs, tolerance))
     for name, group in unseen.items():
         raise UserError(
             f"the model's outputs do not depend on group {name!r} (first slot {group.slots[0]}) with random weights "
-            "and these inputs, so nothing shows that it is sliced rightly"
+            "and these inputs, so nothing shows that it is sliced rightly: give inputs that need it"
         )
     return worst
 
 
+class _Subject:
+    """A copy of a model to experiment on: on the CPU, in float32, evaluation mode."""
+
+    def __init__(self, model: nn.Module, groups: Groups, failure: str = "the model does not run on random weights"):
+        tensors = named_tensors(model)
+        self.groups = groups
+        self.failure = failure
+        self.model = with_tensors(model, {name: _float_copy(tensor) for name, tensor in tensors.items()}).eval()
+        as_batched_products(self.model)
+        # Random wherever it matters: parameters, buffers that are sliced, and what has no values yet.
+        drawn = {n for n, t in tensors.items() if isinstance(t, nn.Parameter) or t.is_meta or n in groups.by_tensor}
+        self._drawn = {name for name in drawn if is_floating(tensors[name])}
+
+    def fresh(self) -> nn.Module:
+        """The model with the same tensors, as it was before any forward: some modules keep what they computed."""
+        return with_tensors(self.model, named_tensors(self.model))
+
+    def randomise(self, generator: torch.Generator) -> None:
+        """Weights as He et al. (2015) initialise them, small biases: the end of a deep network hears its beginning."""
+        convolutions = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
+        for name, tensor in named_tensors(self.model).items():
+            if name not in self._drawn:
+                continue
+            value = tensor.data.normal_(generator=generator)
+            if tensor.ndim > 1:
+                fan_in = tensor[0].numel() if id(tensor) in convolutions else max(tensor.shape[1:])
+                value.mul_((2 / max(1, fan_in)) ** 0.5)
+            elif name.endswith(("bias", "mean")):
+                value.div_(4)
+            else:  # scales and variances: away from zero, and variances positive
+                sign = value.sign() if isinstance(tensor, nn.Parameter) else 1
+                value.uniform_(0.5, 1.5, generator=generator).mul_(sign)
+
+
+_STAND_IN_UNITS = (32, 16, 8, 4, 2)
+"""Units of each group of a stand-in. Norms over few of them amplify rounding errors, a lot in a deep network."""
+
+
+def _stand_in(model: nn.Module, groups: Groups, elements: int, generator: torch.Generator) -> tuple[nn.Module, Groups]:
+    """The widest of the narrow models that has at most so many elements; the narrowest, if all have more."""
+    for units in _STAND_IN_UNITS:
+        narrow, its_groups = narrowed(model, groups, units, generator)
+        if sum(shape.numel() for shape in its_groups.shapes.values()) <= elements:
+            break
+    return narrow, its_groups
+
+
 def random_plan(groups: Groups, generator: torch.Generator, keep: float = 0.5, *, spread: float = 0.0) -> Plan:
-    """About `keep` of each group's units, at least one, chosen at random; for each group its own ratio ± `spread`."""
+    """About `keep` of each group's units, chosen at random, at least its `least`; for each its own ratio ± `spread`."""
     kept = {}
     for group in groups:
         ratio = keep + spread * (2 * torch.rand((), generator=generator).item() - 1)
-        count = min(group.units, max(1, round(ratio * group.units)))
+        count = min(group.units, max(group.least, round(ratio * group.units)))
         kept[group.name] = torch.randperm(group.units, generator=generator)[:count].sort().values
     return Plan(groups, kept)
 
 
 def _reached(
-    full: nn.Module,
-    unseen: Mapping[str, Group],
-    groups: Groups,
-    inputs: Inputs,
-    tolerance: float,
-    generator: torch.Generator,
+    subject: _Subject, unseen: Collection[str], inputs: Inputs, tolerance: float, generator: torch.Generator
 ) -> list[str]:
     """Those of the unseen groups that the outputs depend on: to first order, or when half of their units are gated."""
+    full, groups = subject.fresh(), subject.groups
     names = {id(tensor): name for name, tensor in named_tensors(full).items()}
     reach: dict[str, float] = defaultdict(float)
 
@@ -92,7 +154,7 @@ def _reached(
 
     floating = [parameter for parameter in full.parameters() if is_floating(parameter)]
     handles = [parameter.requires_grad_().register_post_accumulate_grad_hook(note) for parameter in floating]
-    outputs = _floats(run_watched(full, inputs, "the model does not run on random weights"))
+    outputs = _floats(run_watched(full, inputs, subject.failure))
     finite = [output.masked_fill(~output.isfinite(), 0) for output in outputs]  # masked logits are infinite
     scale = max((output.detach().abs().max().item() for output in finite), default=0.0)
     if scale == 0 or any(output.isnan().any() for output in outputs):
@@ -102,10 +164,10 @@ def _reached(
         torch.stack([(output * other).sum() for output, other in zip(finite, noise, strict=True)]).sum().backward()
     for handle in handles:
         handle.remove()
-    full.requires_grad_(False)
     reached = [name for name in unseen if reach[name] > tolerance * scale]
-    for name in unseen.keys() - reached:
-        half = Plan(groups, {name: torch.arange((groups[name].units + 1) // 2)})
+    for name in [name for name in unseen if name not in reached]:
+        half = Plan(groups, {name: torch.arange(max(groups[name].least, (groups[name].units + 1) // 2))})
+        full = subject.fresh()
         with torch.no_grad(), Gate(full, half, groups):
             gated = _floats(run_model(full, inputs))
         if any(_difference(mine, theirs) > tolerance for mine, theirs in zip(gated, outputs, strict=True)):
@@ -118,9 +180,10 @@ def _floats(outputs: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _verify(full: nn.Module, plan: Plan, groups: Groups, inputs: Inputs, tolerance: float) -> float:
-    mine = _record(slice_module(full, plan, groups), inputs)
-    with Gate(full, plan, groups) as gate:
+def _verify(subject: _Subject, plan: Plan, inputs: Inputs, tolerance: float) -> float:
+    mine = _record(slice_module(subject.model, plan, subject.groups), inputs)
+    full = subject.fresh()
+    with Gate(full, plan, subject.groups) as gate:
         theirs = _record(full, inputs)
     result, expected = mine[-1][1], theirs[-1][1]
     if len(result) != len(expected):
@@ -148,7 +211,7 @@ def _record(model: nn.Module, inputs: Inputs) -> list[tuple[str, list[Tensor]]]:
         for path, module in model.named_modules()
     ]
     try:
-        run_watched(model, inputs, "a sliced subnetwork of this model does not run")
+        run_watched(model, inputs, _FAILURE)
     finally:
         for handle in handles:
             handle.remove()
@@ -172,20 +235,3 @@ def _float_copy(tensor: Tensor) -> Tensor:
     """On the CPU, floating-point values as float32; zeros for what lies on the meta device."""
     tensor = torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.detach().cpu().clone()
     return tensor.float() if is_floating(tensor) else tensor
-
-
-def _randomise(model: nn.Module, names: Collection[str], generator: torch.Generator) -> None:
-    """Weights as He et al. (2015) initialise them and small biases: the end of a deep network hears its beginning."""
-    convolutions = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
-    for name, tensor in named_tensors(model).items():
-        if name not in names:
-            continue
-        value = tensor.data.normal_(generator=generator)
-        if tensor.ndim > 1:
-            fan_in = tensor[0].numel() if id(tensor) in convolutions else max(tensor.shape[1:])
-            value.mul_((2 / max(1, fan_in)) ** 0.5)
-        elif name.endswith(("bias", "mean")):
-            value.div_(4)
-        else:  # scales and variances: away from zero, and variances positive
-            sign = value.sign() if isinstance(tensor, nn.Parameter) else 1
-            value.uniform_(0.5, 1.5, generator=generator).mul_(sign)

@@ -14,6 +14,7 @@ from torch import nn
 
 from offload_trainer.errors import UserError
 from offload_trainer.groups.plan import Groups, Plan
+from offload_trainer.groups.running import ModuleError
 
 Rule = tuple[str, int]
 """(tensor name inside the module, axis)."""
@@ -53,7 +54,11 @@ TRANSFORMERS: dict[str, dict[str, tuple[Rule, ...]]] = {
     "GPTBigCodeAttention": dict.fromkeys(("num_heads", "embed_dim", _REPEATS), (("c_proj.weight", 1),)),
     "Attention": dict.fromkeys(("n_head", "split_size"), _FUSED),  # the first GPT
     "Phi3Attention": {"config.num_attention_heads": _HEADS},
-    "*Router": {"hidden_dim": (("weight", 1),)},
+    "*Router": {
+        "hidden_dim": (("weight", 1),),
+        **dict.fromkeys(("num_experts", "n_routed_experts", "num_group", "n_group"), (("weight", 0),)),
+    },
+    "*Experts": {"num_experts": (("down_proj", 0),)},
     "*MoeBlock": {"hidden_dim": (("gate.weight", 1),)},
     "*MoE": {"input_size": (("router.layer.weight", 1), ("router.weight", 1))},
     "*Moe": {"hidden_dim": (("router.weight", 1),)},
@@ -89,8 +94,13 @@ def fit_widths(module: nn.Module, plan: Plan, groups: Groups) -> None:
                 keys_before, keys_after = change(path, ("k_proj.weight", 0))
                 before, after = before * keys_after, after * keys_before
             if before != after:
-                where = f"{path}.{attribute}".lstrip(".")
-                _set(child, attribute, _scaled(attrgetter(attribute)(child), before, after, where))
+                value = attrgetter(attribute)(child)
+                fitted = _scaled(value, before, after)
+                if fitted is None:
+                    where = f"{path}.{attribute}".lstrip(".")
+                    why = f"does not scale to a whole number when its axis goes from {before} to {after}"
+                    raise ModuleError(f"{where} ({value}) {why}", path)
+                _set(child, attribute, fitted)
 
 
 def _canonical_names(module: nn.Module) -> dict[str, str]:
@@ -158,13 +168,10 @@ def _set(module: nn.Module, attribute: str, value: Any) -> None:
     setattr(module, name, value)
 
 
-def _scaled(value: Any, before: int, after: int, where: str) -> Any:
-    """`value` × after / before; the last entry of a tuple (`normalized_shape`)."""
+def _scaled(value: Any, before: int, after: int) -> Any | None:
+    """`value` × after / before, or None if that is no whole number; the last entry of a tuple (`normalized_shape`)."""
     if isinstance(value, tuple | list):
-        return (*value[:-1], _scaled(value[-1], before, after, where))
+        last = _scaled(value[-1], before, after)
+        return None if last is None else (*value[:-1], last)
     scaled, rest = divmod(value * after, before)
-    if rest:
-        raise UserError(
-            f"{where} ({value}) does not scale to a whole number when its axis goes from {before} to {after}"
-        )
-    return scaled
+    return None if rest else scaled

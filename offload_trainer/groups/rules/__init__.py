@@ -6,7 +6,8 @@ Add one with `@rule("name")`; the name is the op's, as the error for an op witho
 """
 
 from offload_trainer.groups.rules import layers, shapes
-from offload_trainer.groups.rules.call import RULES, Call, pin_all, rule
-from offload_trainer.groups.rules.elementwise import pointwise, rule_of
+from offload_trainer.groups.rules.call import RULES, Axes, Call, pin_all, rule
+from offload_trainer.groups.rules.elementwise import pointwise
+from offload_trainer.groups.rules.following import follow
 
-__all__ = ["RULES", "Call", "layers", "pin_all", "pointwise", "rule", "rule_of", "shapes"]
+__all__ = ["RULES", "Axes", "Call", "follow", "layers", "pin_all", "pointwise", "rule", "shapes"]

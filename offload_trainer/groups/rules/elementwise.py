@@ -1,33 +1,25 @@
 """Ops that keep positions: pointwise, reductions, and those that run along an axis."""
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from offload_trainer.groups import axes as ax
 from offload_trainer.groups.axes import Axis
-from offload_trainer.groups.rules.call import RULES, Call, rule
+from offload_trainer.groups.rules.call import Call, rule
 
-ORDERED = ("argmax", "argmin", "kthvalue", "median", "nanmedian", "mode")
-
-
-def rule_of(func: Any) -> Callable[[Call], None] | None:
-    """The rule of an op: its own, or `pointwise` where torch tags the op, or what it does in place, as that."""
-    name: str = func._overloadpacket._qualified_op_name
-    if name in RULES:
-        return RULES[name]
-    packets = [func._overloadpacket]
-    if name.startswith("aten::") and name.endswith("_"):
-        packets.append(getattr(torch.ops.aten, name[6:-1], func._overloadpacket))
-    # Tags belong to overloads, and not every overload of a pointwise op has it (`div.out`).
-    tagged = any(torch.Tag.pointwise in getattr(packet, each).tags for packet in packets for each in packet.overloads())
-    return pointwise if tagged else None
+ORDERED = ("kthvalue", "median", "nanmedian", "mode")
+POSITIONS = {f"aten::{name}" for name in ("max", "min", "argmax", "argmin", "topk")}
+"""Ops whose last output, where they are given a dimension, holds positions along it."""
 
 
 @rule("_prelu_kernel", "rrelu_with_noise", "dequantize", "polar", "_weight_norm_interface", "hardswish", "hardswish_")
-@rule("log_sigmoid_forward", "special_erf", "floor_divide", "copy_", "fake_quantize_per_tensor_affine_cachemask")
+@rule(
+    "complex",
+    "log_sigmoid_forward",
+    "special_erf",
+    "floor_divide",
+    "copy_",
+    "fake_quantize_per_tensor_affine_cachemask",
+)
 def pointwise(call: Call) -> None:
     """Broadcasting: axes aligned from the last become one; an axis of size 1 takes no part."""
     tensors = [t for t in call.tensors() if t.ndim > 0]
@@ -55,7 +47,7 @@ def add(call: Call) -> None:
 
 @rule("clone", "detach", "alias", "_to_copy", "contiguous", "lift_fresh", "zero_", "fill_", "zeros_like", "ones_like")
 @rule("empty_like", "full_like", "native_dropout", "dropout", "bernoulli", "bernoulli_", "resolve_conj", "resolve_neg")
-@rule("rand_like", "randn_like", "_conj", "uniform_", "normal_")
+@rule("rand_like", "randn_like", "_conj", "uniform_", "normal_", "exponential_", "random_")
 def same_shape(call: Call) -> None:
     call.keep(call.axes_of(call.input), "same shape")
 
@@ -63,9 +55,8 @@ def same_shape(call: Call) -> None:
 @rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor")
 @rule("empty_strided", "new_empty_strided")
 def filled(call: Call) -> None:
-    # The size may have been read off another tensor's shape: it stays open, to be unified with what it meets.
     for out in call.outputs():
-        call.assign(out, [ax.fresh(n) for n in out.shape])
+        call.assign(out, [call.axes.open(n) for n in out.shape])
 
 
 @rule("arange", "rand", "randn", "randint", "linspace", "eye", "tril_indices", "triu_indices", "randperm")
@@ -74,8 +65,27 @@ def constant(call: Call) -> None:
         call.assign(out, [ax.fresh(n, "a constant") for n in out.shape])
 
 
-@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "logcumsumexp")
-@rule("flip", "roll", "sort", "topk", "argsort", "cummax", "cummin")
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax")
+def softmax(call: Call) -> None:
+    """Like a norm: over what is kept."""
+    call.keep(call.axes_of(call.input), "same shape")
+
+
+@rule("topk")
+def topk(call: Call) -> None:
+    """The best among what is kept, which must be k at least; where they stand is known by `Axes.target`."""
+    axes = list(call.axes_of(call.input))
+    dim = call["dim"] % max(len(axes), 1)
+    values, positions = call.outputs()
+    if axes:
+        ax.require(axes[dim], call["k"])
+        call.axes.point(positions, axes[dim])
+        axes[dim] = ax.fresh(call["k"], "topk chose it")
+    call.assign(values, axes)
+    call.assign(positions, axes)
+
+
+@rule("cumsum", "cumprod", "logcumsumexp", "flip", "roll", "sort", "argsort", "cummax", "cummin")
 def along(call: Call) -> None:
     """Every entry along `dim` depends on the others or on their order: that axis is not sliced."""
     axes = call.axes_of(call.input)
@@ -86,16 +96,19 @@ def along(call: Call) -> None:
 
 
 @rule("mean", "sum", "var", "std", "var_mean", "std_mean", "amax", "amin", "norm", "linalg_vector_norm", "logsumexp")
-@rule("prod", "any", "all", "max", "min", "nansum", "count_nonzero", *ORDERED)
+@rule("prod", "any", "all", "max", "min", "argmax", "argmin", "nansum", "count_nonzero", *ORDERED)
 def reduce(call: Call) -> None:
     tensor, axes = call.input, call.axes_of(call.input)
     if call.name in ("aten::max", "aten::min") and isinstance(call["other"], Tensor):
         return pointwise(call)
     dims = call.dims(call["dim"], tensor.ndim)
-    if call.name.removeprefix("aten::") in ORDERED:
+    flattened = call.name.startswith("aten::arg") and call["dim"] is None
+    if flattened or call.name.removeprefix("aten::") in ORDERED:
         for d in dims:
-            ax.pin(axes[d], f"{call.name} depends on all of it or returns a position in it")
+            ax.pin(axes[d], f"{call.name} depends on all of it")
     for out in call.outputs():
         keepdim = out.ndim == tensor.ndim
         kept = [[] if i in dims else a for i, a in enumerate(axes) if keepdim or i not in dims]
         call.assign(out, kept)
+    if call.name in POSITIONS and call["dim"] is not None and axes:
+        call.axes.point(call.outputs()[-1], axes[dims[0]])

@@ -34,7 +34,18 @@ def matmul(call: Call) -> None:
     call.assign(call.outputs()[0], result)
 
 
-@rule("linalg_solve_triangular", "linalg_inv_ex", "linalg_cholesky_ex", "_linalg_solve_ex")
+@rule("_cdist_forward", "_euclidean_dist")
+def distances(call: Call) -> None:
+    """(…, m, k) against (…, n, k): the k of both are one axis; a dropped one is zero in both and adds nothing."""
+    left, right = (call.axes_of(call[name]) for name in ("x1", "x2"))
+    ax.unify(left[-1], right[-1])
+    for mine, theirs in zip(left[:-2][::-1], right[:-2][::-1], strict=False):
+        if ax.size_of(mine) == ax.size_of(theirs):
+            ax.unify(mine, theirs)
+    call.keep([*left[:-1], right[-2]], "batch axes of distances")
+
+
+@rule("linalg_matrix_exp", "linalg_solve_triangular", "linalg_inv_ex", "linalg_cholesky_ex", "_linalg_solve_ex")
 def matrices(call: Call) -> None:
     """Each matrix of a batch by itself: batch axes line up, rows and columns stay whole."""
     first, *others = (call.axes_of(t) for t in call.tensors())

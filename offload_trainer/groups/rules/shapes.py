@@ -47,8 +47,7 @@ def squeeze(call: Call) -> None:
 def expand(call: Call) -> None:
     out, axes = call.outputs()[0], call.axes_of(call.input)
     axes = [[] for _ in range(out.ndim - len(axes))] + axes
-    # The entries of a widened axis are all the same: like a filled tensor's, it stays open.
-    call.assign(out, [a if ax.size_of(a) == n else ax.fresh(n) for a, n in zip(axes, out.shape, strict=True)])
+    call.assign(out, [a if ax.size_of(a) == n else call.axes.open(n) for a, n in zip(axes, out.shape, strict=True)])
 
 
 @rule("as_strided_")
@@ -64,7 +63,7 @@ def restride(call: Call) -> None:
 def repeat(call: Call) -> None:
     axes, repeats = call.axes_of(call.input), call["repeats"]
     axes = [[] for _ in range(len(repeats) - len(axes))] + axes
-    call.assign(call.outputs()[0], [ax.fresh(n, "repeated") + a for a, n in zip(axes, repeats, strict=True)])
+    call.assign(call.outputs()[0], [call.axes.open(n) + a for a, n in zip(axes, repeats, strict=True)])
 
 
 def _cut(call: Call, dim: int, sizes: list[int], outputs: list[Tensor]) -> None:
@@ -152,7 +151,7 @@ def stack(call: Call) -> None:
 @rule("embedding")
 def embedding(call: Call) -> None:
     rows, features = call.axes_of(call["weight"])
-    ax.pin(rows, "rows of an embedding")
+    call.address(rows, call["indices"], "rows of an embedding")
     call.assign(call.outputs()[0], [*call.axes_of(call["indices"]), features])
 
 
@@ -183,28 +182,34 @@ def index(call: Call) -> None:
     if any(indices[i].dtype in (torch.bool, torch.uint8) for i in used) or used != list(range(used[0], used[-1] + 1)):
         return pin_all(call, "advanced indexing")
     for i in used:
-        ax.pin(axes[i], "rows chosen by index")
-    shape = torch.broadcast_shapes(*(indices[i].shape for i in used))
-    picked = [ax.fresh(n, "chosen by index") for n in shape]
+        call.address(axes[i], indices[i], "rows chosen by index")
+        for axis in call.axes_of(indices[i]):
+            ax.pin(axis, "chosen by index")
+    picked = [ax.fresh(n, "chosen by index") for n in torch.broadcast_shapes(*(indices[i].shape for i in used))]
     call.assign(out, axes[: used[0]] + picked + axes[used[-1] + 1 :])
 
 
 @rule("index_select", "gather", "scatter", "scatter_", "scatter_add", "scatter_add_", "index_add", "index_add_")
-@rule("index_copy", "index_copy_", "scatter_reduce", "scatter_reduce_", "take_along_dim")
+@rule("index_copy", "index_copy_", "scatter_reduce", "scatter_reduce_")
 def index_along(call: Call) -> None:
     """Axis `dim` is addressed by number; the others line up with those of the source where the sizes agree."""
     tensor = call.input
-    axes, dim = call.axes_of(tensor), (call["dim"] or 0) % max(tensor.ndim, 1)
-    ax.pin(axes[dim], "rows chosen by index")
+    if tensor.ndim == 0:
+        return pin_all(call, "chosen by index")
+    axes, dim = list(call.axes_of(tensor)), (call["dim"] or 0) % tensor.ndim
+    call.address(axes[dim], call["index"], "rows chosen by index")
     for name in ("index", "src", "source"):
         other = call[name]
         if isinstance(other, Tensor) and other.ndim == tensor.ndim:
             for i, (mine, theirs) in enumerate(zip(axes, call.axes_of(other), strict=True)):
-                if i != dim and ax.size_of(mine) == ax.size_of(theirs):
+                if i == dim:
+                    ax.pin(theirs, "chosen by index")
+                elif ax.size_of(mine) == ax.size_of(theirs):
                     ax.unify(mine, theirs)
                 else:
-                    ax.pin(mine, "rows chosen by index")
-                    ax.pin(theirs, "rows chosen by index")
+                    ax.pin([*mine, *theirs], "rows chosen by index")
+    if call.name in ("aten::gather", "aten::index_select"):
+        axes[dim] = ax.fresh(call.outputs()[0].shape[dim], "chosen by index")
     call.keep(axes, "chosen by index")
 
 
@@ -238,6 +243,16 @@ def pixel_shuffle(call: Call) -> None:
     else:
         channels = axes[-3] + ax.fresh(call["downscale_factor"] ** 2, "the pixels of one channel")
     call.assign(out, [*axes[:-3], channels, *(ax.fresh(n, "a spatial axis") for n in out.shape[-2:])])
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(call: Call) -> None:
+    """Channels as (groups, channels of one) → (channels of one, groups)."""
+    axes = call.axes_of(call.input)
+    halves = ax.split(axes[1], (call["groups"], ax.size_of(axes[1]) // call["groups"]))
+    if halves is None:
+        return pin_all(call, "a channel shuffle that cuts a unit")
+    call.assign(call.outputs()[0], [axes[0], halves[1] + halves[0], *axes[2:]])
 
 
 @rule("glu")
