@@ -97,6 +97,31 @@ def test_inner_factors_are_units_only_where_the_outer_one_is_told_apart():
     assert outer.root.pinned is None and inner.root.pinned is not None
 
 
+def test_as_many_as_are_chosen_from_an_axis_must_stay_in_what_it_becomes():
+    one, other, third = Symbol(12), Symbol(12), Symbol(12)
+    ax.require([one], 5)
+    ax.require([third], 7)
+    ax.unify([one], [other])
+    ax.unify([other], [third])
+    assert one.root is third.root and one.root.least == 7
+    groups, inside = (part[0] for part in ax.split([one], (4, 3)) or [])
+    assert groups.root.least == 3 and inside.root.least == 2, "three groups of three hold seven, so do four of two"
+    later = Symbol(12)
+    outer, _ = (part[0] for part in ax.split([later], (4, 3)) or [])
+    ax.require([later], 4)
+    assert outer.root.least == 2
+
+
+def test_entries_of_a_concatenation_are_not_chosen_by_position():
+    a, b, chosen = Symbol(4), Symbol(6), Symbol(10)
+    ax.require([chosen], 2)
+    ax.unify(ax.concat([[a], [b]]), [chosen])
+    assert a.root.pinned and b.root.pinned
+    cut = Symbol(10)
+    ax.require([cut], 2)
+    assert all(piece[0].pinned for piece in ax.cut([cut], (4, 6)) or [])
+
+
 def test_axes_of_size_one_are_nothing():
     assert ax.fresh(1) == [] and ax.size_of([]) == 1
     assert ax.concat([[Symbol(0)], [leaf := Symbol(3)]]) == [leaf]

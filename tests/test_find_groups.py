@@ -16,7 +16,7 @@ from offload_trainer import Groups, UserError, find_groups, verify_groups
 from offload_trainer.groups import read_rules, rule
 from offload_trainer.groups.rules import RULES, pointwise
 from tests import models
-from tests.models import FAMILIES, MLP, ViT, images, llm, tokens, vectors
+from tests.models import FAMILIES, MLP, ViT, images, llm, moe, tokens, vectors
 
 
 def slots(groups: Groups, name: str) -> set[str]:
@@ -70,6 +70,8 @@ def test_the_block_of_a_group_divides_those_of_its_matrices():
     assert groups.block("model.layers.0.self_attn") == 16  # queries have 32 rows a unit, keys 16
     assert groups.block("residual") == groups.block("model.layers.0.mlp") == 1
     assert find_groups(llm("gpt_neox"), tokens()).block("gpt_neox.layers.0.attention.query_key_value") == 16
+    sinks = find_groups(moe("gpt_oss", head_dim=16), tokens())  # two a unit, in a vector: no width of a matrix
+    assert sinks.block("model.layers.0.self_attn") == 16
     by_hand = read_rules({"bias": ["second.bias:0"]}, MLP())
     assert by_hand.block("bias") == 1, "no matrix at all"
 
@@ -380,6 +382,18 @@ class Replacing(MLP):
         return super().forward(x)
 
 
+class Looked(MLP):
+    """Indices that are themselves as many as there are units."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("places", torch.arange(8) % 6)
+        self.third = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)) * (self.places > 2)) + self.third(x[:, self.places])
+
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
@@ -440,6 +454,7 @@ class FixedHeads(nn.Module):
             "0.weight of a lazy module has no shape yet: call the model once",
         ),
         (nn.Sequential(torch.compile(MLP(), backend="eager")), vectors(6), r"0 \(OptimizedModule\) is compiled"),
+        (Looked(), vectors(6), "every axis is pinned .*chosen by index"),
         (Deciding(), vectors(6), r"cannot be traced: the model \(Deciding\) raised DataDependent"),
         (MLP(), vectors(7), r"the model cannot be traced: first \(Linear\) raised RuntimeError"),
         (MLP(), (1, 2, 3), r"the model cannot be traced: the model \(MLP\) raised TypeError"),

@@ -206,6 +206,19 @@ def test_no_evidence_is_no_proof(model: nn.Module, message: str):
         verify_groups(model, groups, vectors(6))
 
 
+def test_a_group_that_counts_on_some_weights_only_is_seen_in_the_end():
+    class Switched(Ignored):
+        def __init__(self):
+            super().__init__()
+            self.switch = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(x) + (self.switch < 0) * self.two(x)
+
+    groups = find_groups(Switched(), vectors(6))
+    assert all(verify_groups(Switched(), groups, vectors(6), plans=1, seed=seed) < 1e-5 for seed in range(4))
+
+
 def test_masked_logits_are_no_obstacle():
     class Masked(MLP):
         def forward(self, x: Tensor) -> Tensor:

@@ -136,8 +136,9 @@ class Run:
         ]
         done = subprocess.run([str(word) for word in command], cwd=Path.cwd(), capture_output=True, text=True)
         if done.returncode:
-            line = next((line for line in done.stderr.splitlines() if line.startswith("error")), done.stderr[-300:])
-            raise UserError(f"{self.name}, seed {self.seed}: {line}")
+            words = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(" ")]
+            ours = [line for line in words if "CalledProcessError" not in line]  # the launcher adds a traceback
+            raise UserError(f"{self.name}, seed {self.seed}: {next((w for w in ours if 'rror' in w), 'failed')}")
 
 
 def _record(

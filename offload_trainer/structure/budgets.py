@@ -1,15 +1,24 @@
 """How much of each group is kept: its keep ratio over the run, and the widths that follow from it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, Protocol
 
 from offload_trainer.errors import UserError
 from offload_trainer.structure.schedules import Schedule, constant, cubic
 
 ScheduleName = Literal["constant", "cubic"]
+
+
+class GroupLike(Protocol):
+    """What a structure has to know of a group."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def units(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ def require(holds: bool, key: str, value: object, rule: str) -> None:
 
 
 def group_budgets(
-    units: Mapping[str, int],
+    groups: Iterable[GroupLike],
     keep: float,
     patterns: Mapping[str, float] | None,
     *,
@@ -47,15 +56,16 @@ def group_budgets(
     start_keep: float | None,
     schedule_steps: int,
     min_units: int,
-    least: Mapping[str, int],
     width_steps: Mapping[str, int],
 ) -> dict[str, GroupBudget]:
     """Name of each sampled group → its budget; for the arguments see `Structure`. Raises `UserError`."""
+    units = {group.name: group.units for group in groups}
+    least = {group.name: getattr(group, "least", 1) for group in groups}
     ratios = _keep_ratios(list(units), keep, patterns)
     schedules = _schedules(ratios, schedule, start_keep, schedule_steps)
     budgets = {}
     for name in ratios:
-        fewest, step = max(min_units, least.get(name, 1)), width_steps.get(name, 1)
+        fewest, step = max(min_units, least[name]), width_steps.get(name, 1)
         require(fewest <= units[name], "min_units", fewest, f"be at most {units[name]}, the units of {name}")
         multiples = step * math.ceil(fewest / step)
         rule = f"leave a width for {name}, which has {units[name]} units and must keep {fewest}"

@@ -1,14 +1,14 @@
 """The probability of every unit: drawing subnetworks from it, and learning it from pairs of losses."""
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Literal, Protocol, get_args
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from offload_trainer.errors import UserError
-from offload_trainer.structure.budgets import ScheduleName, group_budgets, require
+from offload_trainer.structure.budgets import GroupLike, ScheduleName, group_budgets, require
 from offload_trainer.structure.estimators import rloo, vr_pge
 from offload_trainer.structure.projection import project
 from offload_trainer.structure.samplers import bernoulli, fixed
@@ -19,15 +19,6 @@ Sampler = Literal["fixed", "bernoulli"]
 Budget = Literal["per_group", "global"]
 Kept = dict[str, Tensor]
 """Name of each sampled group → its kept units, int64, sorted."""
-
-
-class GroupLike(Protocol):
-    """What a structure has to know of a group."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def units(self) -> int: ...
 
 
 class Structure:
@@ -99,14 +90,13 @@ class Structure:
                 constant, "multiple_of", max(width_steps.values()), "be 1 unless sampler is fixed, budget per_group"
             )
         self._budgets = group_budgets(
-            {group.name: group.units for group in groups},
+            groups,
             keep,
             per_group_keep,
             schedule=schedule,
             start_keep=start_keep,
             schedule_steps=schedule_steps,
             min_units=min_units,
-            least={group.name: getattr(group, "least", 1) for group in groups},
             width_steps=width_steps or {},
         )
 
@@ -126,6 +116,8 @@ class Structure:
         self.s = self._by_name(self._flat)
         for name, s in self.s.items():
             s.fill_(self._allowance(name) / s.numel())
+        self._scores = torch.zeros_like(self._flat)
+        self._explore = 0.0  # 0: no scores were given
         # Masks m and m′, (2, n). All False: none drawn yet.
         self._pair = torch.zeros(2, self._flat.numel(), dtype=torch.bool, device="cpu")
         self._adam = torch.optim.Adam([self._flat], lr=lr)
@@ -154,11 +146,15 @@ class Structure:
         return not self.names or (self.sampler == "fixed" and self.budget == "per_group" and settled)
 
     def set_step(self, step: int) -> None:
-        """Moves the schedule to optimizer step `step`; if that changes a budget, s is projected."""
+        """Moves the schedule to optimizer step `step`; if that changes a budget, s is made to fit it.
+
+        By projection; or, after `start_from`, from the scores anew: a projection would leave all units alike that were
+        nearly certain under the larger budget.
+        """
         before = [self._allowance(name) for name in self.names]
         self.step = step
         if [self._allowance(name) for name in self.names] != before:
-            self._project()
+            self._fit()
 
     def start_from(self, scores: Mapping[str, Tensor], explore: float) -> None:
         """Sets s by the importance of units, most of it on those of the largest scores (starts.py).
@@ -167,13 +163,9 @@ class Structure:
         explore: share of a subnet's units that is expected to lie outside the most important, in (0, 1).
         """
         require(0 < explore < 1, "explore", explore, "be in (0, 1)")
-        if self.budget == "global":
-            flat = torch.cat([scores[name].float() for name in self.names])
-            self._flat.copy_(polarised(flat, self._total(), explore))
-        else:
-            for name, s in self.s.items():
-                s.copy_(polarised(scores[name].float(), self._allowance(name), explore))
-        self._project()  # the floor of s may have cost more than the budget has
+        self._scores = torch.cat([scores[name].float() for name in self.names])
+        self._explore = explore
+        self._fit()
 
     def pair(self) -> tuple[Kept, Kept]:
         """Draws m and m′ from s, independently, and remembers both for `update`."""
@@ -227,6 +219,8 @@ class Structure:
         return {
             "s": self._flat.clone(),
             **{f"adam.{key}": value.clone() for key, value in self._moments.items()},
+            "scores": self._scores.clone(),
+            "explore": torch.tensor(self._explore, dtype=torch.float64, device="cpu"),
             "step": torch.tensor(self.step, device="cpu"),
             "pair": self._pair.clone(),  # (2, n) bool
             "units": torch.tensor([len(s) for s in self.s.values()], dtype=torch.long, device="cpu"),  # of each group
@@ -246,6 +240,7 @@ class Structure:
         self._flat.copy_(state["s"])
         for key, value in self._moments.items():
             value.copy_(state[f"adam.{key}"])
+        self._scores, self._explore = state["scores"].clone(), float(state["explore"])
         self.step = int(state["step"])
         self._pair = state["pair"].clone()
         self._generator.set_state(state["generator"])
@@ -264,12 +259,25 @@ class Structure:
             return max(self._budgets[name].least, round(float(self.s[name].double().sum())))
         return self._budgets[name].width(self.step)
 
+    def _fit(self) -> None:
+        """s from the scores, if there are any, and in any case within the budget."""
+        for units, budget in self._parts() if self._explore else ():
+            self._flat[units] = polarised(self._scores[units], budget, self._explore)
+        self._project()
+
     def _project(self) -> None:
+        for units, budget in self._parts():
+            self._flat[units] = project(self._flat[units], budget)
+
+    def _parts(self) -> Iterator[tuple[slice, float]]:
+        """Units that share a budget, as places in the flat vector, and the largest sum of s there."""
         if self.budget == "global":
-            self._flat.copy_(project(self._flat, self._total()))
+            yield slice(None), self._total()
             return
+        start = 0
         for name, s in self.s.items():
-            s.copy_(project(s, self._allowance(name)))
+            yield slice(start, start + len(s)), self._allowance(name)
+            start += len(s)
 
     def _draw(self) -> Tensor:  # (n,) bool
         mask = torch.zeros_like(self._flat, dtype=torch.bool)
