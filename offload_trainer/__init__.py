@@ -2,6 +2,7 @@
 
 from offload_trainer.errors import UserError
 from offload_trainer.groups import Group, Groups, Plan, Slot, find_groups, slice_module, verify_groups
+from offload_trainer.master.precision import Precision
 from offload_trainer.offloader import Offloader
 from offload_trainer.result import load_export
 from offload_trainer.structure import Structure
@@ -12,6 +13,7 @@ __all__ = [
     "Groups",
     "Offloader",
     "Plan",
+    "Precision",
     "Slot",
     "Structure",
     "Task",

@@ -123,10 +123,13 @@ class Monitor:
         if self.live:
             self.live.stop()
         table, previous = Table.grid(padding=(0, 3)), ""
-        for path, value in sorted(_leaves(record), key=lambda leaf: len(leaf[0]) > 1):  # loose ones first
+        leaves = _leaves({key: value for key, value in record.items() if key != "ledger"})
+        rows = [(path, _worded(".".join(path), value)) for path, value in leaves]
+        rows += [(("memory", name), words) for name, words in _memory(record.get("ledger") or {})]
+        for path, value in sorted(rows, key=lambda row: len(row[0]) > 1):  # loose ones first
             section, name = (path[0], " ".join(path[1:])) if path[1:] else ("run", path[0])
             words = ["" if section == previous else section, name]
-            table.add_row(*(Text(w.replace("_", " "), "dim") for w in words), Text(_worded(".".join(path), value)))
+            table.add_row(*(Text(w.replace("_", " "), "dim") for w in words), Text(value))
             previous = section
         self.console.print(_framed(table, "summary", expand=False) if self.live else table)
 
@@ -229,6 +232,16 @@ def _leaves(record: Record, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]
             yield (*path, key), value
         elif len(path) < 2:
             yield from _leaves(value, *path, key)
+
+
+def _memory(ledger: Record) -> Iterator[tuple[str, str]]:
+    """What was measured of a ledger, in words, beside its prediction where there is one."""
+    predicted = ledger.get("predicted", {})
+    for key, size in ledger.get("measured", {}).items():
+        words = _worded(key, size)
+        if predicted.get(key):
+            words += f", {_worded(key, predicted[key])} predicted (×{size / predicted[key]:.2f})"
+        yield key.removesuffix("_bytes"), words
 
 
 def _framed(content: RenderableType, title: str, expand: bool) -> Panel:

@@ -1,30 +1,32 @@
 """Everything a run needs, made from its config; all that can be wrong with it is found here, before it is paid for."""
 
-import os
+import math
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 from torch import nn
 
-from offload_trainer import snapshot, tasks
+from offload_trainer import planning, tasks
 from offload_trainer.config import Config, OptimizerConfig
+from offload_trainer.config.base import size_in_bytes
+from offload_trainer.device import memory, ranks
+from offload_trainer.device.footprint import optimizer_cost
+from offload_trainer.device.link import probe_link
 from offload_trainer.device.processes import require_devices, use_all_cores
 from offload_trainer.errors import UserError
+from offload_trainer.forecast import Forecast
 from offload_trainer.groups import Groups, Plan, find_groups, read_rules, verify_groups
-from offload_trainer.groups.slicing import named_tensors
-from offload_trainer.master import (
-    Checkpoint,
-    CheckpointStore,
-    Ledger,
-    StateLayout,
-    find_checkpoint,
-    predict,
-    probe_optimizer,
-)
+from offload_trainer.groups.slicing import named_tensors, rebuild
+from offload_trainer.master import Checkpoint, Ledger, StateLayout, probe_optimizer
+from offload_trainer.master.precision import TYPES, Precision
+from offload_trainer.planning import Decision
+from offload_trainer.predicting import Predictor
+from offload_trainer.resuming import checkpoint_to_resume, require_resumable
 from offload_trainer.structure import Structure
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -34,51 +36,173 @@ OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 class Prepared:
     """A run that may begin."""
 
+    config: Config
+    """With the keep ratio that was chosen for it."""
     accelerator: Accelerator
     task: tasks.Task
     groups: Groups
     structure: Structure
     optimizer: OptimizerFactory
-    ledger: Ledger
+    precision: Precision
+    forecast: Forecast
     checkpoint: Checkpoint | None
     """To resume from."""
 
 
 def prepare(config: Config) -> Prepared:
-    """Raises `UserError` for whatever the user can mend. Nothing full-size is allocated but what verifying takes."""
+    """Raises `UserError` for whatever the user can mend, before anything full-size is allocated.
+
+    For a dry run what does not fit is no error but the answer.
+    """
     accelerator = make_accelerator(config)
     out = Path(config.out)
     if not config.dry_run:
-        require_writable(out)
+        planning.require_writable(out)
     set_seed(config.seed)
     task = tasks.build_task(config.task, config.seed)
-    # Raises if the batch does not divide by the number of processes.
-    batch = tasks.shard(task.train[0], accelerator.process_index, accelerator.num_processes)
     if config.structure.rules is not None:
         groups = read_rules(config.structure.rules, task.model, task.widths)
     else:
         groups = find_groups(
             task.model, task.example_inputs, widths=task.widths, pin_unknown=config.structure.pin_unknown
         )
-    structure = make_structure(config, groups)
+    checkpoint = checkpoint_to_resume(config.resume, out)
+    if checkpoint is not None and config.structure.keep is None:
+        config = with_keep(config, checkpoint.meta["config"].get("structure.keep"))
     optimizer = optimizer_factory(config.optimizer)
     layout = StateLayout({}, {}, None)
     if config.optimizer.state == "carry":
         layout = probe_optimizer(optimizer, next(task.model.parameters()).dtype, accelerator.device)
-    checkpoint = checkpoint_to_resume(config, out, task.model, layout, structure)
-    if config.structure.verify and structure.names:
+    precision = Precision(TYPES[config.memory.weights], TYPES[config.memory.moments], config.seed)
+    predictor = make_predictor(config, accelerator, task, groups, optimizer, layout, precision, checkpoint)
+    decision = decide_keep(config, accelerator, groups, predictor)
+    config = with_keep(config, decision.keep)
+    structure = make_structure(config, groups)
+    if checkpoint is not None:
+        require_resumable(checkpoint, resumable(config), config.steps, task.model, layout, structure, precision)
+    export = export_note(task, Plan(groups, structure.top()))
+    forecast = make_forecast(config, accelerator, predictor, decision, export)
+    if not config.dry_run:
+        planning.require(forecast.verdicts)
+    if config.structure.verify and structure.names and all(verdict.fits for verdict in forecast.verdicts):
         verify_groups(task.model, groups, task.example_inputs)
-    ledger = predict(
+        memory.give_back()
+        growth = memory.host_bytes() - predictor.process  # by what a first forward and backward load and keep
+        forecast = replace(forecast, ledger=forecast.ledger.with_larger_process(growth))
+    return Prepared(config, accelerator, task, groups, structure, optimizer, precision, forecast, checkpoint)
+
+
+def with_keep(config: Config, keep: float | None) -> Config:
+    """The config at a keep ratio, where it has one."""
+    if not config.structure.uses_keep:
+        return config
+    return config.model_copy(update={"structure": config.structure.model_copy(update={"keep": keep})})
+
+
+# What the run takes
+
+
+def make_predictor(
+    config: Config,
+    accelerator: Accelerator,
+    task: tasks.Task,
+    groups: Groups,
+    optimizer: OptimizerFactory,
+    layout: StateLayout,
+    precision: Precision,
+    checkpoint: Checkpoint | None,
+) -> Predictor:
+    """Raises `UserError` if the batch does not divide by the number of processes."""
+    device, structure = accelerator.device, config.structure
+    batch = tasks.shard(task.train[0], accelerator.process_index, accelerator.num_processes)
+    batch, val_batch = send_to_device(batch, device), send_to_device(task.val[0], device)
+    optimizer_cost(optimizer, torch.float32, device)  # what a first step imports and starts is there from now on
+    memory.give_back()
+    every, keep_last = config.checkpoint.every, config.checkpoint.keep_last
+    return Predictor(
         task.model,
-        Plan(groups, structure.top()),
+        groups,
         layout,
+        precision,
+        optimizer,
         task.loss_fn,
+        task.metrics_fn,
         batch,
-        reference=bool(structure.names),
-        staged=accelerator.device.type != "cpu",
+        val_batch,
+        device,
         autocast=config.memory.autocast == "bf16",
+        process=memory.host_bytes(),
+        proof=structure.verify,
+        calibration=structure.start == "importance" and checkpoint is None,
+        resumed=checkpoint is not None,
+        candidates=2 if structure.result == "best_of" else 1,
+        varying=structure.sampler == "bernoulli" or structure.budget == "global",
+        # A new one is written before the oldest is removed.
+        checkpoints=min(keep_last + 1, config.steps // every + 1 if every else 1),
+        exports_full=config.export.full,
     )
-    return Prepared(accelerator, task, groups, structure, optimizer, ledger, checkpoint)
+
+
+def decide_keep(config: Config, accelerator: Accelerator, groups: Groups, predictor: Predictor) -> Decision:
+    """The keep ratio of the run: the config's, or the largest that fits `memory.device`; and what the run takes."""
+    section = config.structure
+
+    def ledger_at(keep: float) -> Ledger:
+        structure = make_structure(with_keep(config, keep), groups)
+        reference = bool(structure.names) and section.settle < 1
+        return predictor.ledger(Plan(groups, structure.top()), reference=reference)
+
+    asked = config.memory.device
+    size = None if asked in (None, "auto") else size_in_bytes(asked)
+    room = planning.device_room(accelerator.device, asked, size)
+    if asked is None or section.keep is not None or not section.uses_keep:
+        return planning.check_keep(ledger_at, section.share, room, adjustable=section.uses_keep)
+    if section.schedule == "cubic":
+        raise UserError(
+            f"structure.keep (null) must be given with structure.schedule (cubic): what memory.device ({asked}) must "
+            f"hold is decided by structure.start_keep ({section.start_keep:g})"
+        )
+    assert room is not None
+    decision = planning.choose_keep(ledger_at, room)
+    if decision.ledger.notes:
+        raise UserError(f"memory.device ({asked}) cannot choose structure.keep: {decision.ledger.notes[0]}")
+    # Each process looked at its own memory.
+    return min(ranks.gather(accelerator, decision), key=lambda one: one.keep)
+
+
+def export_note(task: tasks.Task, plan: Plan) -> str | None:
+    """Whether the export will lack a config, told from the shapes of a plan."""
+    if task.why_no_config is None:
+        return None
+    tensors = named_tensors(task.model)
+    small = {name: torch.empty(plan.shape(name), dtype=t.dtype, device="meta") for name, t in tensors.items()}
+    why = task.why_no_config(rebuild(task.model, small, plan, plan.groups))
+    return None if why is None else f"the export will have no config.json: {why}"
+
+
+def make_forecast(
+    config: Config, accelerator: Accelerator, predictor: Predictor, decision: Decision, export: str | None
+) -> Forecast:
+    out = Path(config.out)
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    verdicts = [
+        planning.host_verdict(decision.ledger, planning.host_room(), predictor.savings()),
+        planning.disk_verdict(decision.ledger, shutil.disk_usage(there).free, config.out),
+    ]
+    if decision.verdict is not None:
+        verdicts.insert(1, decision.verdict)
+    link = probe_link(accelerator.device) if config.dry_run else None
+    notes = []
+    if predictor.varying:
+        notes.append("widths vary from round to round (structure.sampler, budget): these are of plans of the mean size")
+    if config.memory.compile:
+        notes.append("what torch.compile itself takes (memory.compile) is not counted")
+    if accelerator.device.type == "cuda":
+        notes.append("the CUDA context, some hundred MiB of the device, is not counted")
+    return Forecast(decision.ledger, tuple(verdicts), decision.reason, link, export, tuple(notes))
+
+
+# What the config asks for
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -107,6 +231,9 @@ def make_structure(config: Config, groups: Groups) -> Structure:
         sampler=section.sampler,
         budget=section.budget,
         min_units=section.min_units,
+        width_steps={
+            g.name: section.multiple_of // math.gcd(section.multiple_of, groups.block(g.name)) for g in groups
+        },
         lr=section.lr,
         paired_batches=section.paired_batches,
         schedule=section.schedule,
@@ -135,32 +262,6 @@ def optimizer_factory(section: OptimizerConfig) -> OptimizerFactory:
     return make
 
 
-def checkpoint_to_resume(
-    config: Config, out: Path, model: nn.Module, layout: StateLayout, structure: Structure
-) -> Checkpoint | None:
-    """The checkpoint that `resume` names, checked against this run from its headers alone."""
-    if config.resume is None:
-        return None
-    folder = out / "checkpoints"
-    if config.resume == "auto":
-        if CheckpointStore(folder).is_empty():
-            return None  # a first start with the same command line
-        checkpoint = find_checkpoint(folder)
-    else:
-        checkpoint = find_checkpoint(Path(config.resume))
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    snapshot.check(checkpoint, named_tensors(model), layout.moments, trained, structure)
-    if checkpoint.meta["step"] > config.steps:
-        raise UserError(
-            f"steps ({config.steps}) must be at least {checkpoint.meta['step']}, where {checkpoint.path} stands"
-        )
-    for key, here in resumable(config).items():
-        there = checkpoint.meta["config"].get(key)
-        if there != here:
-            raise UserError(f"{key} ({here}) must be {there}, as in the checkpoint {checkpoint.path}")
-    return checkpoint
-
-
 def resumable(config: Config) -> dict[str, object]:
     """What a resumed run must share with the run it goes on with; the rest of a config may change."""
     structure = config.structure
@@ -169,25 +270,12 @@ def resumable(config: Config) -> dict[str, object]:
         "seed": config.seed,
         "optimizer.kind": config.optimizer.kind,
         "optimizer.state": config.optimizer.state,
+        "memory.weights": config.memory.weights,
+        "memory.moments": config.memory.moments,
         "structure.sampler": structure.sampler,
         "structure.budget": structure.budget,
         "structure.keep": structure.share if structure.uses_keep else None,
         "structure.groups": structure.groups,
+        "structure.multiple_of": structure.multiple_of,
+        "structure.start": structure.start,
     }
-
-
-def require_writable(out: Path) -> None:
-    """Raise unless files can be made in `out` (made here if need be) or, while it does not exist, in its parent."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-        for name in ("checkpoints", "export"):
-            if (out / name).exists() and not (out / name).is_dir():
-                raise UserError(f"out ({out}): {name} in it must be a folder, it is a file")
-        for name in ("metrics.jsonl", "summary.json"):
-            if (out / name).is_dir():
-                raise UserError(f"out ({out}): {name} in it must be a file, it is a folder")
-    except OSError as error:
-        raise UserError(f"out ({out}) must be a folder that can be written: {error.strerror or error}") from error

@@ -1,7 +1,6 @@
 """A run, top to bottom."""
 
 import math
-import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from offload_trainer.config.base import size_in_bytes
 from offload_trainer.device import memory
 from offload_trainer.errors import UserError
 from offload_trainer.evaluation import evaluate, evaluate_full
+from offload_trainer.forecast import show_forecast
 from offload_trainer.groups import Plan
 from offload_trainer.importance import importance
 from offload_trainer.master import CheckpointStore, whole_folder
@@ -32,10 +32,10 @@ from offload_trainer.tasks import shard
 def train(config: Config) -> None:
     """Prepare, train round by round, leave the result in `config.out`. Raises `UserError` for what a user can mend."""
     run = prepare(config)
-    accelerator, task = run.accelerator, run.task
+    config, accelerator, task = run.config, run.accelerator, run.task
+    if accelerator.is_main_process:
+        show_forecast(run.groups, run.forecast, whole=config.dry_run)
     if config.dry_run:
-        if accelerator.is_main_process:
-            print(f"{run.groups}\n\n{run.ledger}")
         return
 
     store = CheckpointStore(Path(config.out) / "checkpoints", config.checkpoint.keep_last)
@@ -49,6 +49,7 @@ def train(config: Config) -> None:
             optimizer=run.optimizer,
             structure=run.structure,
             sync_every=config.sync_every,
+            precision=run.precision,
             accelerator=accelerator,
             state=config.optimizer.state,
             clip_norm=config.optimizer.clip_norm,
@@ -168,9 +169,9 @@ def conclude(config: Config, run: Prepared, offloader: Offloader, meter: Meter, 
         "full_master": {**full, "parameters": sum(p.numel() for p in offloader.model.parameters())},
         **meter.summary(offloader.spent),
         "ledger": {
-            "predicted": run.ledger.as_dict(),
+            "predicted": run.forecast.ledger.as_dict(),
             "measured": {
-                "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "host_peak_bytes": memory.host_peak(),
                 "host_before_master_bytes": meter.base_bytes,
                 **device_memory(accelerator.device, offloader.measured()["device_bytes"]),
             },

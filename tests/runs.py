@@ -141,3 +141,11 @@ class Heads(nn.Module):
 
 def a_module_without_a_rule() -> dict[str, Any]:
     return blobs() | {"model": Heads()}
+
+
+def wide(width: int) -> dict[str, Any]:
+    """Layers of `width`² weights on few points: memory is weights and moments."""
+    torch.manual_seed(0)
+    hidden = [layer for _ in range(4) for layer in (nn.Linear(width, width), nn.ReLU())]
+    model = nn.Sequential(nn.Linear(8, width), nn.ReLU(), *hidden, nn.Linear(width, 3))
+    return blobs() | {"model": model}

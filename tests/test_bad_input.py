@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from offload_trainer import offloader as offloader_module
+from offload_trainer.device import memory
 from offload_trainer.run import main
 from tests.runs import config, launch, metrics
 
@@ -51,6 +52,24 @@ CASES: dict[str, tuple[dict[str, object], list[str], str]] = {
     "module": (custom("a_module_without_a_rule"), [], "heads=4"),
     "resume": ({}, ["--resume", "/no/such/checkpoint"], "/no/such/checkpoint holds no checkpoint"),
     "rule": ({"structure.rules": {"mlp": ["no.such.weight:0"]}}, [], "no.such.weight"),
+    "memory.device": ({}, ["--memory.device", "lots"], "memory.device (lots)"),
+    "no device memory": ({}, ["--memory.device", "0GiB"], "memory.device (0GiB) is too small: the smallest plan"),
+    "the smallest plan": (
+        {"structure": {}},
+        ["--memory.device", "10KiB"],
+        "memory.device (10KiB) is too small: the smallest plan (structure.keep 0.01) takes ",
+    ),
+    "a keep that does not fit": ({}, ["--memory.device", "400KiB"], "more than memory.device (400KiB): at most 0."),
+    "groups that do not fit": (
+        {"structure": {"groups": {"*mlp*": 0.9}}},
+        ["--memory.device", "100KiB"],
+        "structure.groups takes ",
+    ),
+    "a schedule decides": (
+        {"structure": {"schedule": "cubic", "start_keep": 0.8, "schedule_steps": 4}},
+        ["--memory.device", "1GiB"],
+        "structure.keep (null) must be given with structure.schedule (cubic)",
+    ),
     "tracker": ({"track.trackers": ["carrier pigeon"]}, [], "carrier pigeon"),
 }
 
@@ -178,12 +197,41 @@ def test_a_loss_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture
     assert kept == ["step-00000004", "step-00000008"]
 
 
+def test_a_host_that_is_too_small(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, never_allocated: None
+) -> None:
+    """By how much, and what would save it; nothing is written."""
+    monkeypatch.setattr(memory, "host_available", lambda: 2**20)
+    line = one_line(capsys, main(["--config", str(config(tmp_path, **custom("wide", width=512)))]))
+    assert "host memory: the run needs " in line and " more than the " in line
+    for option in ("optimizer.state: reset saves", "memory.moments: bf16 saves", "memory.weights: bf16 saves"):
+        assert option in line
+    assert not list((tmp_path / "out").iterdir())
+    narrow = {"memory": {"weights": "bf16", "moments": "bf16"}, "optimizer.state": "reset"}
+    line = one_line(capsys, main(["--config", str(config(tmp_path, **custom("wide", width=512), **narrow))]))
+    assert line.endswith("available: a smaller structure.keep saves what the device's side holds")
+
+
+def usage(monkeypatch: pytest.MonkeyPatch, folder: Path, *free: int) -> None:
+    """Make `shutil.disk_usage` tell these free bytes, one a call; the last from then on."""
+    real, left = shutil.disk_usage(folder), list(free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: real._replace(free=left.pop(0) if len(left) > 1 else left[0]))
+
+
+def test_a_disk_that_is_too_small(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, never_allocated: None
+) -> None:
+    usage(monkeypatch, tmp_path, 1000)
+    line = one_line(capsys, main(["--config", str(config(tmp_path))]))
+    assert f"out ({tmp_path / 'out'}): the run writes " in line and "more than the 1000 B free" in line
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     file = str(config(tmp_path))
     assert main(["--config", file, "--steps", "4"]) == 0
     capsys.readouterr()
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    usage(monkeypatch, tmp_path, 2**40, 1000)  # it fills while the run goes on
     line = one_line(capsys, main(["--config", file, "--resume", "auto"]))
     assert "no room for a checkpoint" in line
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000004"]

@@ -131,6 +131,19 @@ def test_plain_lines(tmp_path: Path):
     ]
 
 
+def test_measured_memory_stands_beside_predicted(tmp_path: Path):
+    mine, text = monitor(tmp_path)
+    predicted = {"host_peak_bytes": 4 << 30, "disk_bytes": 9, "phases": {"load": {"host_bytes": 7}}}
+    measured = {"host_peak_bytes": 3 << 30, "device_held_bytes": 1 << 20}
+    with mine:
+        mine.summary({"ledger": {"predicted": predicted, "measured": measured}, "steps": 7})
+    assert [line.rstrip() for line in text.getvalue().splitlines()] == [
+        "run      steps         7",
+        "memory   host peak     3.0 GiB, 4.0 GiB predicted (×0.75)",
+        "         device held   1.0 MiB",
+    ]
+
+
 @pytest.mark.parametrize("width", [60, 100])
 def test_live_view_shows_all_of_it_within_the_width(width: int, tmp_path: Path):
     mine, text = monitor(tmp_path, "rich", width=width)

@@ -22,7 +22,7 @@ def require_devices() -> None:
         if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true":
             raise UserError(f"accelerate was configured for {engine}; start one process or several without it")
     there = torch.cuda.device_count()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = local_processes()
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     if os.environ.get("ACCELERATE_USE_CPU") == "True" or (not there and not by_accelerate):
         return
@@ -34,6 +34,11 @@ def require_devices() -> None:
             f"{processes} GPUs were asked for, one per process, and this machine has {there}"
             + ("" if there else "; on its CPU, start processes with torchrun --nproc_per_node")
         )
+
+
+def local_processes() -> int:
+    """Processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def use_all_cores() -> None:

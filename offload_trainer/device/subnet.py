@@ -24,8 +24,8 @@ class Subnet:
         self._master, self._transfer = master, transfer
         entries = {name: (dtype, plan.shape(name)) for name, dtype in master.computes.items()}
         self.slabs = make_slabs(entries, master.tensors, device)
-        # `data`: else all would share one version counter, and a buffer that a forward writes in place would look like a
-        # change of every weight to the backward.
+        # `data`: else all would share one version counter, and a buffer that a forward writes in place would look to
+        # the backward like a change of every weight.
         views = {name: view.data for slab in self.slabs for name, view in slab.items()}
         self.module: nn.Module = rebuild(master.model, views, plan, plan.groups).train()
         self.load(plan)

@@ -1,7 +1,7 @@
 """The full-size parameters, buffers and optimizer state in host memory, their checkpoints, and the ledger."""
 
 from offload_trainer.master.checkpoint import Checkpoint, CheckpointStore, find_checkpoint, whole_folder
-from offload_trainer.master.ledger import Ledger, predict
+from offload_trainer.master.ledger import Ledger, Phase
 from offload_trainer.master.master import Master
 from offload_trainer.master.moments import StateLayout, probe_optimizer
 from offload_trainer.master.slab import Slab
@@ -11,10 +11,10 @@ __all__ = [
     "CheckpointStore",
     "Ledger",
     "Master",
+    "Phase",
     "Slab",
     "StateLayout",
     "find_checkpoint",
-    "predict",
     "probe_optimizer",
     "whole_folder",
 ]

@@ -1,110 +1,101 @@
-"""The ledger: who will hold how many bytes, on the host and on the device, told before anything is allocated."""
+"""The ledger: who holds how many bytes in each phase of a run, on the host and on the device."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
+Bytes = Mapping[str, int]
+"""What holds memory → how many bytes."""
 
-from offload_trainer.groups.plan import Plan
-from offload_trainer.groups.slicing import named_tensors, rebuild
-from offload_trainer.master.master import master_bytes
-from offload_trainer.master.moments import StateLayout
-from offload_trainer.master.slab import by_dtype, slab_bytes
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run at its fullest moment."""
+
+    name: str
+    host: Bytes
+    device: Bytes
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.device.values())
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Predicted bytes, by what holds them. On a CPU the device's are host memory as well."""
+    """Predicted bytes of one process. Phases follow one another, so a peak is that of the largest, not their sum."""
 
-    host: Mapping[str, int]
-    device: Mapping[str, int]
-    disk: Mapping[str, int]
+    phases: tuple[Phase, ...]
+    disk: Bytes
+    """What the run leaves or needs for a while in its output folder."""
+    link: Bytes
+    """What crosses the link between host and device in a round."""
+    on_host: bool
+    """The device is the CPU: what it holds is host memory as well."""
+    notes: tuple[str, ...] = ()
+    """What the figures leave out."""
 
-    def __str__(self) -> str:
-        lines = []
-        for place, entries in (("host", self.host), ("device", self.device), ("disk", self.disk)):
-            lines += [f"{place:<8}{name:<28}{_mib(size):>14}" for name, size in entries.items()]
-            lines.append(f"{place:<8}{'together':<28}{_mib(sum(entries.values())):>14}")
-        return "\n".join(lines)
+    def with_larger_process(self, growth: int) -> "Ledger":
+        """The ledger of a process that holds so many bytes more by itself."""
+        phases = (replace(p, host={**p.host, "process": p.host["process"] + growth}) for p in self.phases)
+        return replace(self, phases=tuple(phases))
+
+    def host_bytes(self, phase: Phase) -> int:
+        """All that lies in host memory in a phase."""
+        return phase.host_bytes + (phase.device_bytes if self.on_host else 0)
+
+    @property
+    def host_peak(self) -> Phase:
+        return max(self.phases, key=self.host_bytes)
+
+    @property
+    def device_peak(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.device_bytes)
+
+    @property
+    def host_peak_bytes(self) -> int:
+        return self.host_bytes(self.host_peak)
+
+    @property
+    def device_peak_bytes(self) -> int:
+        return self.device_peak.device_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(self.disk.values())
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "host": dict(self.host),
-            "host_bytes": sum(self.host.values()),
-            "device": dict(self.device),
-            "device_bytes": sum(self.device.values()),
+            "host_peak_bytes": self.host_peak_bytes,
+            "device_peak_bytes": self.device_peak_bytes,
+            "disk_bytes": self.disk_bytes,
+            "link_bytes": sum(self.link.values()),
+            "host_peak": {"phase": self.host_peak.name, **self.host_peak.host},
+            "device_peak": {"phase": self.device_peak.name, **self.device_peak.device},
+            "disk": dict(self.disk),
+            "link": dict(self.link),
+            "phases": {
+                phase.name: {"host_bytes": self.host_bytes(phase), "device_bytes": phase.device_bytes}
+                for phase in self.phases
+            },
+            "notes": list(self.notes),
         }
 
 
-def predict(
-    model: nn.Module,
-    plan: Plan,
-    layout: StateLayout,
-    loss_fn: Callable[[nn.Module, Any], Tensor],
-    batch: Any,
-    *,
-    reference: bool,
-    staged: bool,
-    autocast: bool = False,
-) -> Ledger:
-    """The ledger of a run whose plans are as large as `plan`, with `batch` on each device.
-
-    `reference`: a second subnet is held for the paired batches. `staged`: the device is not the host, so transfers
-    pass through pinned buffers. `layout` without moments: the optimizer's state is not carried. The model may lie on
-    the meta device; nothing is allocated.
-    """
-    tensors = named_tensors(model)
-    small = {name: plan.shape(name) for name in tensors}
-    weights = _bytes({name: (t.dtype, small[name]) for name, t in tensors.items()})
-    trained = {name: (p.dtype, small[name]) for name, p in model.named_parameters() if p.requires_grad}
-    gradients = sum(shape.numel() * dtype.itemsize for dtype, shape in trained.values())
-    moments = {moment: _bytes(layout.entries(moment, trained)) for moment in layout.moments}
-    host = master_bytes(model, layout)
-    disk = {"one checkpoint": sum(host.values())}
-    if staged:
-        host["staging (pinned)"] = weights + sum(moments.values())
-    device = {"subnet": weights, "gradients": gradients, **moments}
-    if reference:
-        device["reference"] = weights
-    device["activations"] = activation_bytes(model, plan, loss_fn, batch, autocast=autocast)
-    return Ledger(host, device, disk)
+def largest(entries: Bytes, count: int = 3) -> str:
+    """The entries that hold most, in words."""
+    first = sorted(entries.items(), key=lambda entry: -entry[1])[:count]
+    return ", ".join(f"{name} {readable(size)}" for name, size in first)
 
 
-def activation_bytes(
-    model: nn.Module, plan: Plan, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, *, autocast: bool
-) -> int:
-    """Bytes that the subnet's forward saves for its backward: counted on fake tensors, each storage once."""
-    tensors = named_tensors(model)
-    shapes = {name: plan.shape(name) for name in tensors}
-    seen: dict[int, int] = {}
-    kept: list[Tensor] = []  # alive until counted, so that no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        seen[storage._cdata] = storage.nbytes()
-        kept.append(tensor)
-        return tensor
-
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True) as mode,
-        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-    ):
-        fakes = {name: torch.empty(shapes[name], dtype=t.dtype) for name, t in tensors.items()}
-        own = {tensor.untyped_storage()._cdata for tensor in fakes.values()}
-        module = rebuild(model, fakes, plan, plan.groups).train()
-        inputs = tree_map(lambda x: mode.from_tensor(x.cpu()) if isinstance(x, Tensor) else x, batch)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss_fn(module, inputs)
-    return sum(size for storage, size in seen.items() if storage not in own)
-
-
-def _bytes(entries: Mapping[str, tuple[torch.dtype, torch.Size]]) -> int:
-    return sum(slab_bytes(shapes, dtype) for dtype, shapes in by_dtype(entries).items())
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
+def readable(size: float) -> str:
+    """Bytes in a unit that leaves one to four digits before the point."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.{0 if unit == 'B' else 1}f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} TiB"

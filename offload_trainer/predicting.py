@@ -1,0 +1,246 @@
+"""What a run will take, told from its config alone: every entry of the ledger, before anything is allocated."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from offload_trainer.device import footprint, memory
+from offload_trainer.device.footprint import Footprint, OptimizerCost
+from offload_trainer.device.transfer import CHUNK
+from offload_trainer.errors import UserError
+from offload_trainer.groups import Groups, Plan
+from offload_trainer.groups.slicing import named_tensors
+from offload_trainer.master.ledger import Ledger, Phase
+from offload_trainer.master.master import master_bytes, stored_weights
+from offload_trainer.master.moments import OptimizerFactory, StateLayout
+from offload_trainer.master.precision import Precision
+from offload_trainer.master.sizes import Sizes
+
+LOADING = 2**23
+"""Bytes of the pieces in which stored weights are read and converted."""
+GAPS, GAPS_OF_VARYING = 0.45, 0.85
+"""What glibc's heap holds beside what is in use, as a share of what a step allocates there: 0.3 to 0.75 were measured,
+more where each round's tensors have other sizes. With MALLOC_MMAP_THRESHOLD_=65536 in the environment there are no
+gaps, and a step takes longer."""
+PROOF_SHARE = 0.25
+"""Of a matrix sliced on both axes, the part that a random plan of the proof keeps on average."""
+PROVED_WHOLE = 2**28
+"""Elements up to which the proof copies the model; the stand-in of a larger one has a quarter of that at most."""
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """All that decides what one process of a run takes, but its plans."""
+
+    model: nn.Module
+    """Full size; it may lie on the meta device."""
+    groups: Groups
+    layout: StateLayout
+    """Without moments: the optimizer's state is not carried from round to round."""
+    precision: Precision
+    optimizer: OptimizerFactory
+    loss_fn: Callable[[nn.Module, Any], Tensor]
+    metrics_fn: Callable[[nn.Module, Any], Any]
+    batch: Any
+    """This process's share of a training step's batch, on the device."""
+    val_batch: Any
+    """A validation batch, on the device."""
+    device: torch.device
+    autocast: bool
+    process: int
+    """Bytes of host memory that the process holds already: Python, libraries, data, a model that is not on meta."""
+    proof: bool = True
+    """Whether slicing is verified, on a float32 copy of the model, before it is loaded."""
+    calibration: bool = False
+    """Whether importance is measured on the full model."""
+    resumed: bool = False
+    """Whether the master is then read from a checkpoint."""
+    candidates: int = 1
+    """Subnets on the device at once while the result is chosen."""
+    varying: bool = False
+    """Whether widths differ from round to round."""
+    checkpoints: int = 1
+    """Those on disk at once."""
+    exports_full: bool = False
+    """Whether the full master is exported too."""
+
+    def ledger(self, plan: Plan, *, reference: bool) -> Ledger:
+        """Of a run whose plans are as large as `plan`. `reference`: a second subnet is held for the paired batches."""
+        sizes = Sizes(self.model, self.layout, self.precision, plan)
+        host, held = self._host(sizes), self._held(sizes, reference)
+        small = held | {"exported subnet": self.candidates * sizes.weights}
+        moved = host | _if_any({"subnet in transit": 0 if self._on_host else sizes.weights})
+        validation = self._forward(self.metrics_fn, self.val_batch, plan)
+        phases = [
+            *self._before_training(host),
+            *self._training(sizes, host, held),
+            Phase("subnet evaluated", moved, small | {"activations": validation.peak}),
+            Phase("master evaluated", host, small | self._passing | {"activations": self._full_validation.peak}),
+            Phase("checkpoint", host, held),
+            Phase("export", host, small),
+        ]
+        disk = {"checkpoints": self.checkpoints * sum(self._master.values()), "export": sizes.weights}
+        disk |= {"full master": self._master["weights"]} if self.exports_full else {}
+        return Ledger(tuple(phases), disk, sizes.link(reference), self._on_host, tuple(self._failures.values()))
+
+    def savings(self) -> dict[str, int]:
+        """What each option (config key and value) would save of the master's slabs, in bytes; 0 is left out."""
+        options = {
+            "optimizer.state: reset": replace(self, layout=StateLayout({}, {}, None)),
+            "memory.moments: bf16": replace(self, precision=replace(self.precision, moments=torch.bfloat16)),
+            "memory.weights: bf16": replace(self, precision=replace(self.precision, weights=torch.bfloat16)),
+        }
+        now = sum(self._master.values())
+        return _if_any({option: now - sum(other._master.values()) for option, other in options.items()})
+
+    # The phases
+
+    def _before_training(self, host: dict[str, int]) -> list[Phase]:
+        """Proof, loading, calibration."""
+        phases = []
+        if self.proof:
+            elements = [tensor.numel() for tensor in self.tensors.values()]
+            share = 1.0 if sum(elements) <= PROVED_WHOLE else PROVED_WHOLE / 4 / sum(elements)
+            copied = int(4 * share * sum(elements))
+            # A gradient and its product with the parameter exist for one parameter at a time.
+            copies = {"float32 copy": copied, "sliced copy": int(PROOF_SHARE * copied)}
+            copies["one gradient"] = int(8 * share * max(elements))
+            phases.append(Phase("proof", {"process": self.process, **copies}, {}))
+        # A model that is not on meta moves into the slab tensor by tensor, unless pinning touched all of that before.
+        built = [tensor.nbytes for tensor in self.tensors.values() if not tensor.is_meta]
+        beside = {"model as it was built": max(built, default=0) if self._on_host else sum(built)}
+        loading = {"process": host["process"], "master weights": self._master["weights"], "loading": LOADING}
+        phases.append(Phase("load", loading | _if_any(beside), {}))
+        if self.resumed:  # a file of the checkpoint at a time is mapped, and its pages count while it is read
+            phases.append(Phase("resume", host | {"mapped checkpoint": max(self._master.values())}, {}))
+        if self.calibration:
+            found = self._full_training
+            # The inputs of one layer at a time are squared in float32.
+            phases.append(Phase("calibration", host, self._passing | {"activations": found.peak + 2 * found.largest}))
+        return phases
+
+    def _training(self, sizes: Sizes, host: dict[str, int], held: dict[str, int]) -> list[Phase]:
+        step = self._ran(
+            "loss_fn",
+            lambda: footprint.training_footprint(
+                self._skeleton(sizes.plan), self.loss_fn, self.batch, autocast=self.autocast
+            ),
+        )
+        cost = self._optimizer
+        # The optimizer makes its state itself in the first round (beside the slabs that are there for the others), and
+        # in every round where it is not carried.
+        held = held | _if_any({"optimizer's own state": int(cost.state * sizes.gradients)})
+        scratch = int(cost.one * sizes.widest + cost.together * sizes.gradients)
+        in_heap = sizes.gradients_below(memory.HEAP_BLOCK)
+        state_in_heap = int(cost.state * in_heap)
+        return [
+            Phase(
+                "forward and backward",
+                host | self._gaps(step.heap + state_in_heap),
+                held | _if_any({"gradients": step.gradients, "activations": step.peak - step.gradients}),
+            ),
+            Phase(
+                "optimizer step",
+                host | self._gaps(in_heap + state_in_heap),
+                held | _if_any({"gradients": sizes.gradients, "optimizer's scratch": scratch}),
+            ),
+            Phase(
+                "write-back",
+                host | _if_any({"merging scratch": sizes.merging}),
+                held | _if_any({"rounding scratch": sizes.rounding}),
+            ),
+        ]
+
+    def _gaps(self, in_heap: int) -> dict[str, int]:
+        share = GAPS_OF_VARYING if self.varying else GAPS
+        return _if_any({"allocator's gaps": int(share * in_heap)}) if self._on_host else {}
+
+    # What is held all through training
+
+    def _host(self, sizes: Sizes) -> dict[str, int]:
+        staging = 0 if self._on_host else sizes.staging
+        master = {f"master {kind}": size for kind, size in self._master.items()}
+        held = {"process": self.process - self._built, **master, "transfer scratch": 3 * CHUNK}
+        return held | _if_any({"staging (pinned)": staging})
+
+    def _held(self, sizes: Sizes, reference: bool) -> dict[str, int]:
+        batch = sum(leaf.nbytes for leaf in tree_leaves(self.batch) if isinstance(leaf, Tensor))
+        held = {"subnet": sizes.weights}
+        held |= {f"subnet {moment}": size for moment, size in sizes.moments.items()}
+        held |= {"reference": sizes.weights if reference else 0, "batch": batch}
+        return _if_any(held | {"libraries' workspace": memory.workspace_bytes(self.device)})
+
+    @cached_property
+    def _master(self) -> dict[str, int]:
+        return master_bytes(self.model, self.layout, self.precision)
+
+    @cached_property
+    def _built(self) -> int:
+        """Bytes of the model as it is now."""
+        return sum(tensor.nbytes for tensor in self.tensors.values() if not tensor.is_meta)
+
+    # Passes on fake tensors
+
+    def _skeleton(self, plan: Plan) -> nn.Module:
+        return footprint.skeleton(self.model, plan, self.device)
+
+    def _forward(self, function: Callable[[nn.Module, Any], Any], batch: Any, plan: Plan | None = None) -> Footprint:
+        """Of a forward without gradients; without a plan of the master, in the types that it is stored in."""
+        narrow = plan is None and self.precision.weights == torch.bfloat16
+        module = self._skeleton(Plan.whole(self.groups) if plan is None else plan)
+        if narrow:
+            footprint.retype(module, {n: d for n, (d, _) in stored_weights(self.tensors, self.precision).items()})
+        return self._ran(
+            "loss_fn" if function == self.loss_fn else "metrics_fn",
+            lambda: footprint.forward_footprint(module, function, batch, autocast=self.autocast or narrow),
+        )
+
+    def _ran(self, what: str, run: Callable[[], Footprint]) -> Footprint:
+        try:
+            return run()
+        except UserError:
+            raise
+        except Exception as error:  # a user's function may look at values, and there are none
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            self._failures[what] = f"what {what} takes is not counted: it does not run on fake tensors ({reason})"
+            return Footprint(0, 0, 0, 0)
+
+    @cached_property
+    def _failures(self) -> dict[str, str]:
+        """Which function could not be run, and why."""
+        return {}
+
+    @cached_property
+    def _optimizer(self) -> OptimizerCost:
+        return footprint.optimizer_cost(self.optimizer, next(self.model.parameters()).dtype, self.device)
+
+    @cached_property
+    def _full_validation(self) -> Footprint:
+        return self._forward(self.metrics_fn, self.val_batch)
+
+    @cached_property
+    def _full_training(self) -> Footprint:
+        return self._forward(self.loss_fn, self.batch)
+
+    @cached_property
+    def _passing(self) -> dict[str, int]:
+        """What the device holds of the full master while that passes through it: its largest layer."""
+        layers = [sum(p.nbytes for p in module.parameters(recurse=False)) for module in self.model.modules()]
+        return {} if self._on_host else {"one layer": max(layers)}
+
+    @property
+    def _on_host(self) -> bool:
+        return self.device.type == "cpu"
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        return named_tensors(self.model)
+
+
+def _if_any(entries: Mapping[str, int]) -> dict[str, int]:
+    return {name: size for name, size in entries.items() if size > 0}

@@ -1,0 +1,47 @@
+"""Which checkpoint a run goes on from, and whether it can."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from offload_trainer import snapshot
+from offload_trainer.errors import UserError
+from offload_trainer.groups.slicing import named_tensors
+from offload_trainer.master import Checkpoint, CheckpointStore, StateLayout, find_checkpoint
+from offload_trainer.master.precision import Precision
+from offload_trainer.structure import Structure
+
+
+def checkpoint_to_resume(resume: str | None, out: Path) -> Checkpoint | None:
+    """The checkpoint that `resume` names: a folder, or "auto" for the newest in `out`."""
+    if resume is None:
+        return None
+    folder = out / "checkpoints"
+    if resume != "auto":
+        return find_checkpoint(Path(resume))
+    # Without any it is a first start with the same command line.
+    return None if CheckpointStore(folder).is_empty() else find_checkpoint(folder)
+
+
+def require_resumable(
+    checkpoint: Checkpoint,
+    shared: Mapping[str, object],
+    steps: int,
+    model: nn.Module,
+    layout: StateLayout,
+    structure: Structure,
+    precision: Precision,
+) -> None:
+    """Raise unless a run of so many steps can go on from a checkpoint, as far as its headers tell.
+
+    shared: config key → value of what must be as it was.
+    """
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    snapshot.check(checkpoint, named_tensors(model), layout.moments, trained, structure, precision)
+    if checkpoint.meta["step"] > steps:
+        raise UserError(f"steps ({steps}) must be at least {checkpoint.meta['step']}, where {checkpoint.path} stands")
+    for key, here in shared.items():
+        there = checkpoint.meta["config"].get(key)
+        if there != here:
+            raise UserError(f"{key} ({here}) must be {there}, as in the checkpoint {checkpoint.path}")
