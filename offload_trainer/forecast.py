@@ -117,5 +117,5 @@ def _section(name: str, when: str, entries: Mapping[str, int]) -> Iterator[Rende
 
 
 def _bar(size: float, most: float, width: int = BAR) -> Text:
-    whole, rest = divmod(round(8 * width * size / most) if most else 0, 8)
-    return Text("█" * whole + (" ▏▎▍▌▋▊▉"[rest] if rest else ""), "cyan")
+    whole, half = divmod(round(2 * width * size / most) if most else 0, 2)
+    return Text("━" * whole + "╸" * half, "cyan")

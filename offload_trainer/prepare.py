@@ -1,6 +1,5 @@
 """Everything a run needs, made from its config; all that can be wrong with it is found here, before it is paid for."""
 
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -231,9 +230,7 @@ def make_structure(config: Config, groups: Groups) -> Structure:
         sampler=section.sampler,
         budget=section.budget,
         min_units=section.min_units,
-        width_steps={
-            g.name: section.multiple_of // math.gcd(section.multiple_of, groups.block(g.name)) for g in groups
-        },
+        width_steps=groups.width_steps(section.multiple_of),
         lr=section.lr,
         paired_batches=section.paired_batches,
         schedule=section.schedule,

@@ -269,3 +269,11 @@ def test_an_axis_whose_positions_are_numbers_to_the_model_stays_whole(how: str):
         UserError, match=r"every axis is pinned .*(computes with positions in it|an output of the model)"
     ):
         find_groups(Routed(how), vectors(6))
+
+
+def test_experts_go_one_by_one_and_their_features_in_steps():
+    groups = find_groups(llm("mixtral", num_local_experts=8, num_experts_per_tok=2), tokens())
+    steps = groups.width_steps(8)
+    assert {steps[group.name] for group in groups if group.chosen} == {1}
+    features = [group for group in groups if group.name.endswith("experts")]
+    assert features and {steps[group.name] for group in features} == {8} and not any(g.chosen for g in features)

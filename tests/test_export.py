@@ -338,6 +338,17 @@ def test_a_run_exports_shards_a_tokenizer_and_the_full_master(tmp_path):
         load_export(out / "export", whole, groups)
 
 
+def test_a_narrow_master_is_exported_whole_in_its_type_and_sliced_in_float32(tmp_path):
+    changes = {"memory.weights": "bf16", "memory.moments": "bf16", "export.full": True, "steps": 4}
+    assert main(["--config", str(config(tmp_path, **changes))]) == 0
+    out = tmp_path / "out"
+    models = {name: AutoModelForCausalLM.from_pretrained(out / name) for name in ("export", "full")}
+    assert [model.dtype for model in models.values()] == [torch.float32, torch.bfloat16]
+    stored = load_file(out / "full" / "model.safetensors")
+    matrices = {name: tensor for name, tensor in models["full"].state_dict().items() if tensor.ndim > 1}
+    assert all(torch.equal(stored[name], tensor) for name, tensor in matrices.items() if name in stored)
+
+
 def logits_of(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=torch.arange(24).view(2, 12)).logits

@@ -128,6 +128,17 @@ def test_fake_tensors_take_what_real_ones_take(name: str, autocast: bool) -> Non
     assert predicted.peak == pytest.approx(live.peak, rel=0.005)
 
 
+def test_a_numbered_cpu_is_the_cpu() -> None:
+    """As a process of several has it."""
+    model, batch, inputs, loss_fn = llama()
+    _, plan = half(model, inputs)
+    taken = [
+        training_footprint(skeleton(model, plan, device), loss_fn, batch, autocast=False)
+        for device in (CPU, torch.device("cpu", 0))
+    ]
+    assert taken[0] == taken[1]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_forward_alone_keeps_nothing(name: str) -> None:
     model, batch, inputs, loss_fn = CASES[name]()

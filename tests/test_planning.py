@@ -187,8 +187,8 @@ def test_the_forecast_shows_all_of_it_within_the_width(width: int) -> None:
     shown = text.getvalue()
     assert all(len(line) <= width for line in shown.splitlines())
     for words in (
-        "forward and backward      17.0 GiB  ████████████     5.0 GiB  ████████████",
-        "load                       9.0 GiB  ██████▍                –",
+        "forward and backward      17.0 GiB  ━━━━━━━━━━━━     5.0 GiB  ━━━━━━━━━━━━",
+        "load                       9.0 GiB  ━━━━━━╸                –",
         "host in its fullest phase, forward and backward",
         "master weights             8.0 GiB",
         "together                  17.0 GiB",

@@ -81,6 +81,7 @@ class Footprint:
 def skeleton(model: nn.Module, plan: Plan, device: torch.device) -> nn.Module:
     """The sliced module on fake tensors of a device, in training mode; the model may lie on the meta device."""
     shapes = {name: plan.shape(name) for name in named_tensors(model)}
+    device = torch.device("cpu") if device.type == "cpu" else device  # a process of several calls its CPU cpu:0
     with FakeTensorMode(allow_non_fake_inputs=True):
         fakes = {
             name: torch.empty(shapes[name], dtype=t.dtype, device=device) for name, t in named_tensors(model).items()

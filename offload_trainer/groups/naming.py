@@ -28,7 +28,7 @@ def name_groups(found: Mapping[Symbol, list[Slot]], shapes: Mapping[str, torch.S
             name = _shared_module(producers)
         taken[name] += 1
         name = name if taken[name] == 1 else f"{name}#{taken[name]}"
-        groups.append(Group(name, leaf.size, tuple(slots), leaf.least))
+        groups.append(Group(name, leaf.size, tuple(slots), leaf.least, leaf.chosen))
     return tuple(groups)
 
 

@@ -42,6 +42,8 @@ class Group:
     slots: tuple[Slot, ...]
     least: int = 1
     """So many units must stay: a router that chooses two experts needs two."""
+    chosen: bool = False
+    """The model picks among the units by position, as a router does among experts."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,13 @@ class Groups:
         A head of 64 features whose keys have 64 rows and whose queries have 128 has a block of 64.
         """
         return gcd(*(slot.block for slot in self[name].slots if len(self.shapes[slot.tensor]) > 1)) or 1
+
+    def width_steps(self, multiple_of: int) -> dict[str, int]:
+        """Group name → in steps of how many units its width goes, so that axes stay multiples of so many elements.
+
+        What the model picks from (experts) is no width of a matrix product, and goes one by one.
+        """
+        return {g.name: 1 if g.chosen else multiple_of // gcd(multiple_of, self.block(g.name)) for g in self}
 
     def parameters(self, name: str) -> int:
         """Elements of all tensors that the group slices."""

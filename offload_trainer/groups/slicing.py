@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def rebuild(module: nn.Module, tensors: Mapping[str, Tensor], plan: Plan, groups
 def sliced_groups(plan: Plan) -> Groups:
     """The groups of the sliced module of a plan: the same, of the units that are kept."""
     groups = tuple(
-        Group(group.name, len(plan[group.name]), tuple(_moved(slot, group, plan) for slot in group.slots), group.least)
+        replace(group, units=len(plan[group.name]), slots=tuple(_moved(slot, group, plan) for slot in group.slots))
         for group in plan.groups
     )
     return Groups(groups, {name: plan.shape(name) for name in plan.groups.shapes}, plan.groups.widths)
