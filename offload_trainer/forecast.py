@@ -84,7 +84,7 @@ class Forecast:
         up = sum(self.ledger.link.values()) - down
         seconds = down / link.to_device + up / link.to_host
         speeds = f"{link.to_device / 1e9:.1f} GB/s to the device, {link.to_host / 1e9:.1f} GB/s back"
-        return f"{1e3 * seconds:,.0f} ms a round at the speed of plain copies ({speeds})"
+        return f"{1e3 * seconds:,.{0 if seconds > 0.01 else 2}f} ms a round at the speed of plain copies ({speeds})"
 
 
 def show_forecast(groups: object, forecast: Forecast, *, whole: bool) -> None:

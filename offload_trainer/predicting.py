@@ -54,6 +54,8 @@ class Predictor:
     autocast: bool
     process: int
     """Bytes of host memory that the process holds already: Python, libraries, data, a model that is not on meta."""
+    processes: int = 1
+    """Of the run; they average their gradients in one message."""
     proof: bool = True
     """Whether slicing is verified, on a float32 copy of the model, before it is loaded."""
     calibration: bool = False
@@ -75,7 +77,7 @@ class Predictor:
         host, held = self._host(sizes), self._held(sizes, reference)
         small = held | {"exported subnet": self.candidates * sizes.weights}
         moved = host | _if_any({"subnet in transit": 0 if self._on_host else sizes.weights})
-        validation = self._forward(self.metrics_fn, self.val_batch, plan)
+        validation = self._validation(plan)
         phases = [
             *self._before_training(host),
             *self._training(sizes, host, held),
@@ -86,7 +88,7 @@ class Predictor:
         ]
         disk = {"checkpoints": self.checkpoints * sum(self._master.values()), "export": sizes.weights}
         disk |= {"full master": self._master["weights"]} if self.exports_full else {}
-        return Ledger(tuple(phases), disk, sizes.link(reference), self._on_host, tuple(self._failures.values()))
+        return Ledger(tuple(phases), disk, sizes.link(reference), self._on_host, tuple(dict.fromkeys(self._failures)))
 
     def savings(self) -> dict[str, int]:
         """What each option (config key and value) would save of the master's slabs, in bytes; 0 is left out."""
@@ -125,11 +127,10 @@ class Predictor:
         return phases
 
     def _training(self, sizes: Sizes, host: dict[str, int], held: dict[str, int]) -> list[Phase]:
-        step = self._ran(
-            "loss_fn",
+        step = self._counted(
             lambda: footprint.training_footprint(
                 self._skeleton(sizes.plan), self.loss_fn, self.batch, autocast=self.autocast
-            ),
+            )
         )
         cost = self._optimizer
         # The optimizer makes its state itself in the first round (beside the slabs that are there for the others), and
@@ -138,12 +139,14 @@ class Predictor:
         scratch = int(cost.one * sizes.widest + cost.together * sizes.gradients)
         in_heap = sizes.gradients_below(memory.HEAP_BLOCK)
         state_in_heap = int(cost.state * in_heap)
+        averaging = {"gradients": sizes.gradients, "message and its mean": 2 * sizes.gradients}
         return [
             Phase(
                 "forward and backward",
                 host | self._gaps(step.heap + state_in_heap),
                 held | _if_any({"gradients": step.gradients, "activations": step.peak - step.gradients}),
             ),
+            *([Phase("gradients averaged", host, held | _if_any(averaging))] if self.processes > 1 else []),
             Phase(
                 "optimizer step",
                 host | self._gaps(in_heap + state_in_heap),
@@ -195,25 +198,29 @@ class Predictor:
         module = self._skeleton(Plan.whole(self.groups) if plan is None else plan)
         if narrow:
             footprint.retype(module, {n: d for n, (d, _) in stored_weights(self.tensors, self.precision).items()})
-        return self._ran(
-            "loss_fn" if function == self.loss_fn else "metrics_fn",
-            lambda: footprint.forward_footprint(module, function, batch, autocast=self.autocast or narrow),
-        )
+        return footprint.forward_footprint(module, function, batch, autocast=self.autocast or narrow)
 
-    def _ran(self, what: str, run: Callable[[], Footprint]) -> Footprint:
+    def _validation(self, plan: Plan | None = None) -> Footprint:
+        """Of a validation batch; by the loss, which takes as much, where a metric cannot do without values."""
+        try:
+            return self._forward(self.metrics_fn, self.val_batch, plan)
+        except Exception:
+            return self._counted(lambda: self._forward(self.loss_fn, self.val_batch, plan))
+
+    def _counted(self, run: Callable[[], Footprint]) -> Footprint:
         try:
             return run()
         except UserError:
             raise
         except Exception as error:  # a user's function may look at values, and there are none
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            self._failures[what] = f"what {what} takes is not counted: it does not run on fake tensors ({reason})"
+            self._failures.append(f"activations are not counted: the loss does not run on fake tensors ({reason})")
             return Footprint(0, 0, 0, 0)
 
     @cached_property
-    def _failures(self) -> dict[str, str]:
-        """Which function could not be run, and why."""
-        return {}
+    def _failures(self) -> list[str]:
+        """What could not be counted, and why."""
+        return []
 
     @cached_property
     def _optimizer(self) -> OptimizerCost:
@@ -221,11 +228,11 @@ class Predictor:
 
     @cached_property
     def _full_validation(self) -> Footprint:
-        return self._forward(self.metrics_fn, self.val_batch)
+        return self._validation()
 
     @cached_property
     def _full_training(self) -> Footprint:
-        return self._forward(self.loss_fn, self.batch)
+        return self._counted(lambda: self._forward(self.loss_fn, self.batch))
 
     @cached_property
     def _passing(self) -> dict[str, int]:

@@ -131,6 +131,7 @@ def make_predictor(
         device,
         autocast=config.memory.autocast == "bf16",
         process=memory.host_bytes(),
+        processes=accelerator.num_processes,
         proof=structure.verify,
         calibration=structure.start == "importance" and checkpoint is None,
         resumed=checkpoint is not None,

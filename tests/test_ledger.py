@@ -3,6 +3,7 @@
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +302,17 @@ def test_savings_are_those_of_the_options() -> None:
     assert predictor(case, groups, adamw, False, BF16).savings() == {}
 
 
+def test_several_processes_hold_the_message_of_their_gradients() -> None:
+    case = mlp()
+    groups, plan = half(case[0], case[2])
+    one = predictor(case, groups, sgd, True)
+    phases = {phase.name: phase for phase in replace(one, processes=2).ledger(plan, reference=True).phases}
+    assert (
+        phases["gradients averaged"].device["message and its mean"] == 2 * phases["optimizer step"].device["gradients"]
+    )
+    assert "gradients averaged" not in {phase.name for phase in one.ledger(plan, reference=True).phases}
+
+
 def test_a_loss_that_looks_at_values_is_said_not_to_be_counted() -> None:
     model, batch, inputs, _ = mlp()
 
@@ -310,7 +322,9 @@ def test_a_loss_that_looks_at_values_is_said_not_to_be_counted() -> None:
 
     groups, plan = half(model, inputs)
     ledger = predictor((model, batch, inputs, looks), groups, adamw, True).ledger(plan, reference=True)
-    assert len(ledger.notes) == 1 and "loss_fn takes is not counted" in ledger.notes[0]
+    assert len(ledger.notes) == 1 and "the loss does not run on fake tensors" in ledger.notes[0]
+    metric = replace(predictor(mlp(), groups, adamw, True), metrics_fn=looks)
+    assert metric.ledger(plan, reference=True) == predictor(mlp(), groups, adamw, True).ledger(plan, reference=True)
 
 
 def test_phases_follow_one_another() -> None:

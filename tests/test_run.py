@@ -128,7 +128,9 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     assert main(["--config", file, "--out", one]) == 0
     done = launch("torchrun", "--nproc_per_node", "2", "offload_trainer/run.py", "--config", file, "--out", two)
     assert done.returncode == 0, done.stderr
-    for first, second in zip(metrics(Path(one)), metrics(Path(two)), strict=True):
+    (start, *firsts), (other, *seconds) = metrics(Path(one)), metrics(Path(two))
+    assert other["val_loss"] == pytest.approx(start["val_loss"], rel=1e-4)
+    for first, second in zip(firsts, seconds, strict=True):
         assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
         assert second["delta_norm"] == pytest.approx(first["delta_norm"], rel=1e-3)
         assert ("val_loss" in second) == ("val_loss" in first) == (first["step"] in (4, 8))

@@ -171,23 +171,28 @@ def test_every_dtype_and_shape_is_read_as_the_library_reads_it(tmp_path, monkeyp
 
 
 LOADING = """
-import resource, sys, torch
+import sys, torch
 from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM
 from offload_trainer.master import Master, StateLayout
 from offload_trainer.tasks.stored import stored_tensors
 from offload_trainer.tasks.weights import Weights, materialise
 
+
+def resident(key):  # bytes. Not ru_maxrss: a process inherits that of its parent.
+    return 1024 * int(open("/proc/self/status").read().split(key)[1].split()[0])
+
+
 folder = Path(sys.argv[1])
 for dtype in (torch.bfloat16, torch.float32):  # the larger one last: what is measured is the peak of the process
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
     weights = Weights.match(stored_tensors(folder), model)
-    before = int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0])
+    before = resident("VmRSS:")
     master = Master(model, StateLayout({}, {}, None), materialise=lambda model: materialise(model, weights.load))
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    after = resident("VmHWM:")
     largest = max(tensor.nbytes for tensor in master.tensors.values())
-    print((after - before) * 1024, master.nbytes, largest, float(model.model.layers[5].mlp.up_proj.weight[0, 0]))
+    print(after - before, master.nbytes, largest, float(model.model.layers[5].mlp.up_proj.weight[0, 0]))
     master.close()
     del master, model
 """
