@@ -37,6 +37,7 @@ CASES = {
         f"{what} rho={keep} quick" for keep in (0.5, 0.25) for what in ("gather", "writeback", "writeback+delta")
     ],
     "load": ["bf16 to fp32 quick", "fp32 to fp32 quick", "bf16 to bf16 quick"],
+    "ledger": ["mlp host quick", "mlp device quick"],
 }
 
 

@@ -1,11 +1,12 @@
 """Measure, always as a ratio to a baseline that takes turns with it in the same process.
 
-    python tools/bench.py slicing overhead transfer load [--json FILE] [--quick]
+    python tools/bench.py slicing overhead transfer load ledger [--json FILE] [--quick]
 
 slicing: a training step of the sliced subnet, against the full dense network and against masks.
 overhead: steps per second of an offloaded run, against the same small network trained alone.
 transfer: GB/s of gather and write-back, against a plain copy of the same bytes.
 load: GB/s of a checkpoint's way from its files into the master, against reading the same files.
+ledger: peaks of memory in real runs, host and device, against what was predicted.
 
 Records go into FILE as they are measured; those of other cases and devices in it stay. `--quick` runs tiny sizes in
 seconds and proves only that everything runs: its cases bear their own names, so they never replace a measurement.
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
-from benchmarks import loading, overhead, slicing, transfer
+from benchmarks import ledger, loading, overhead, slicing, transfer
 from benchmarks.records import Record, Setting, merge, read_records, table
 from rich.console import Console
 
@@ -28,6 +29,7 @@ BENCHMARKS: dict[str, Callable[[Setting], Iterator[Record]]] = {
     "overhead": overhead.measure,
     "transfer": transfer.measure,
     "load": loading.measure,
+    "ledger": ledger.measure,
 }
 
 
