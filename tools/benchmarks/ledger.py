@@ -68,14 +68,13 @@ def measure(setting: Setting) -> Iterator[Record]:
         with tempfile.TemporaryDirectory() as folder:
             file = write_config(Path(folder), case)
             ways = {"": {}} if setting.quick else {"": {}, ", freed at once": FREEING}
-            repeats = range(1 if setting.quick else REPEATS)
             for suffix, environment in ways.items():
-                runs = [run(file, Path(folder) / "out", environment) for _ in repeats]
+                runs = [run(file, Path(folder) / "out", environment) for _ in range(REPEATS)]
                 yield record(setting, f"{name} host{suffix}", "host_peak_bytes", runs)
             if setting.device.type == "cuda":
                 yield record(setting, f"{name} device", "device_peak_bytes", runs)
             else:
-                yield record(setting, f"{name} device", "device_peak_bytes", [allocated(file) for _ in repeats])
+                yield record(setting, f"{name} device", "device_peak_bytes", [allocated(file) for _ in range(REPEATS)])
 
 
 def record(setting: Setting, case: str, key: str, runs: list[tuple[dict[str, Any], dict[str, Any]]]) -> Record:
