@@ -94,10 +94,10 @@ class Offloader:
         """Loss of the subnet on a batch; on the round's paired batches the reference is evaluated as well."""
         running = self._running()
         paired = self._bench.has_reference and len(running.differences) < self.structure.paired_batches
-        with self.accelerator.autocast():
-            if paired:
-                with self.spent.on("reference"):
-                    against = self._bench.reference_loss(self.loss_fn, batch)
+        if paired:
+            with self.spent.on("reference"), self.accelerator.autocast():
+                against = self._bench.reference_loss(self.loss_fn, batch)
+        with self.accelerator.autocast():  # not the same: its cache would keep the reference's narrow weights
             loss = self.loss_fn(self._bench.forward, batch)
         running.losses.append(loss.detach())
         if paired:
