@@ -60,8 +60,6 @@ class Predictor:
     """Whether slicing is verified, on a float32 copy of the model, before it is loaded."""
     calibration: bool = False
     """Whether importance is measured on the full model."""
-    resumed: bool = False
-    """Whether the master is then read from a checkpoint."""
     candidates: int = 1
     """Subnets on the device at once while the result is chosen."""
     varying: bool = False
@@ -113,13 +111,11 @@ class Predictor:
             copies = {"float32 copy": copied, "sliced copy": int(PROOF_SHARE * copied)}
             copies["one gradient"] = int(8 * share * max(elements))
             phases.append(Phase("proof", {"process": self.process, **copies}, {}))
-        # A model that is not on meta moves into the slab tensor by tensor, unless pinning touched all of that before.
+        # A model that is not on meta moves into the slab tensor by tensor.
         built = [tensor.nbytes for tensor in self.tensors.values() if not tensor.is_meta]
-        beside = {"model as it was built": max(built, default=0) if self._on_host else sum(built)}
+        beside = {"model as it was built": max(built, default=0)}
         loading = {"process": host["process"], "master weights": self._master["weights"], "loading": LOADING}
         phases.append(Phase("load", loading | _if_any(beside), {}))
-        if self.resumed:  # a file of the checkpoint at a time is mapped, and its pages count while it is read
-            phases.append(Phase("resume", host | {"mapped checkpoint": max(self._master.values())}, {}))
         if self.calibration:
             found = self._full_training
             # The inputs of one layer at a time are squared in float32.
@@ -133,9 +129,8 @@ class Predictor:
             )
         )
         cost = self._optimizer
-        # The optimizer makes its state itself in the first round (beside the slabs that are there for the others), and
-        # in every round where it is not carried.
-        held = held | _if_any({"optimizer's own state": int(cost.state * sizes.gradients)})
+        own = 0 if self.layout.moments else int(cost.state * sizes.gradients)  # that is not carried
+        held = held | _if_any({"optimizer's own state": own})
         scratch = int(cost.one * sizes.widest + cost.together * sizes.gradients)
         in_heap = sizes.gradients_below(memory.HEAP_BLOCK)
         state_in_heap = int(cost.state * in_heap)

@@ -134,7 +134,6 @@ def make_predictor(
         processes=accelerator.num_processes,
         proof=structure.verify,
         calibration=structure.start == "importance" and checkpoint is None,
-        resumed=checkpoint is not None,
         candidates=2 if structure.result == "best_of" else 1,
         varying=structure.sampler == "bernoulli" or structure.budget == "global",
         # A new one is written before the oldest is removed.

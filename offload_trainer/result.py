@@ -18,10 +18,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from offload_trainer.device import ranks
 from offload_trainer.errors import UserError
+from offload_trainer.files.format import INDEX, WEIGHTS
+from offload_trainer.files.writing import write_shards
 from offload_trainer.groups import Groups, Plan
 from offload_trainer.groups.slicing import named_tensors, rebuild
 from offload_trainer.master.checkpoint import write_json
-from offload_trainer.master.streaming import INDEX, WEIGHTS, write_shards
 from offload_trainer.offloader import Offloader
 
 LossFn = Callable[[nn.Module, Any], Tensor]

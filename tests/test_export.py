@@ -30,9 +30,9 @@ from transformers import (
 from offload_trainer import result
 from offload_trainer.config import parse
 from offload_trainer.errors import UserError
+from offload_trainer.files.writing import split, write_shards
 from offload_trainer.groups import Groups, Plan, find_groups, slice_module
 from offload_trainer.master import find_checkpoint
-from offload_trainer.master.streaming import split, write_shards
 from offload_trainer.result import load_export, saved_tensors
 from offload_trainer.run import main
 from offload_trainer.tasks import build_task
@@ -235,7 +235,7 @@ SAVING = """
 import sys, torch
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
-from offload_trainer.master.streaming import write_shards
+from offload_trainer.files.writing import write_shards
 from offload_trainer.result import saved_tensors
 from offload_trainer.tasks.hf_config import fitted_config
 shape = dict(hidden_size=1024, num_hidden_layers=6, vocab_size=2048, num_attention_heads=16, max_position_embeddings=64)

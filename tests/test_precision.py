@@ -370,7 +370,7 @@ def test_what_is_rounded_follows_from_the_rounds_number_and_its_kind() -> None:
             run(trainer, data(5))
             subnet = trainer._bench.subnet
             slabs = [("weights", trainer.master, slab) for slab in subnet.slabs]
-            slabs += [(moment, trainer.moments[moment], slab) for moment, slab in subnet._moment_slabs]
+            slabs += [(name, trainer.moments[name], slab) for name, made in subnet._moments.items() for slab in made]
             narrow = [found for found in slabs if found[1][next(iter(found[2]))].dtype == torch.bfloat16]
             assert [kind for kind, _, _ in narrow] == ["weights", *MOMENTS]
             for kind, store, slab in narrow:

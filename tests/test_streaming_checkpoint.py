@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from offload_trainer.errors import UserError
+from offload_trainer.files.writing import file_bytes, write_safetensors
 from offload_trainer.master import checkpoint as checkpoints
 from offload_trainer.master.checkpoint import CheckpointStore, _crc, find_checkpoint, open_checkpoint, write_json
-from offload_trainer.master.streaming import file_bytes, write_safetensors
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16,

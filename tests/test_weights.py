@@ -14,9 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from offload_trainer import offloader as offloader_module
 from offload_trainer.errors import UserError
+from offload_trainer.files import reading
+from offload_trainer.files.reading import read_header
 from offload_trainer.run import main
-from offload_trainer.tasks import causal_lm, stored
-from offload_trainer.tasks.stored import read_header, stored_tensors
+from offload_trainer.tasks import causal_lm
+from offload_trainer.tasks.stored import stored_tensors
 from offload_trainer.tasks.tokens import byte_tokenizer
 from offload_trainer.tasks.weights import Weights, _forget_initialised, materialise
 from tests.language import LLAMA, lm_config, message, with_memory, write_texts
@@ -145,7 +147,7 @@ def test_tied_tensors_that_differ_are_refused_when_read(texts, tmp_path):
 
 @pytest.mark.parametrize("piece", [1, 7, 2**20])
 def test_every_dtype_and_shape_is_read_as_the_library_reads_it(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(stored, "_PIECE", piece)
+    monkeypatch.setattr(reading, "_PIECE", piece)
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):

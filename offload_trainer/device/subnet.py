@@ -21,7 +21,7 @@ class Subnet:
     """
 
     def __init__(self, master: Master, plan: Plan, transfer: Transfer, device: torch.device):
-        self._master, self._transfer = master, transfer
+        self._master, self._transfer, self._device = master, transfer, device
         entries = {name: (dtype, plan.shape(name)) for name, dtype in master.computes.items()}
         self.slabs = make_slabs(entries, master.tensors, device)
         # `data`: else all would share one version counter, and a buffer that a forward writes in place would look to
@@ -83,15 +83,8 @@ class TrainedSubnet(Subnet):
         self.optimizer = factory(list(self.parameters.values()))
         if layout.corrected and len({tuple(group["betas"]) for group in self.optimizer.param_groups}) > 1:
             raise UserError("the optimizer's parameter groups differ in betas: use one pair, or optimizer.state: reset")
-        self._moment_slabs: list[tuple[str, Slab]] = []
-        self._moments: dict[str, dict[str, Tensor]] = {}
-        entries = {name: (parameter.dtype, parameter.shape) for name, parameter in self.parameters.items()}
-        for moment in layout.moments if carry else ():
-            slabs = make_slabs(layout.entries(moment, entries), master.moments[moment], device)
-            for slab in slabs:
-                slab.flat.zero_()  # a parameter that gets no gradient is written back as well
-            self._moment_slabs += [(moment, slab) for slab in slabs]
-            self._moments[moment] = {name: view for slab in slabs for name, view in slab.items()}
+        self._moments: dict[str, list[Slab]] = {}
+        """By name; none in the first round, in which the optimizer makes its state as it would in plain training."""
         self.load_moments(clock)
 
     def load_moments(self, clock: int, *, gather: bool = True) -> None:
@@ -103,20 +96,23 @@ class TrainedSubnet(Subnet):
             self.optimizer.state.clear()
             return
         if not self._master.scalars:
-            return  # the first round: the optimizer makes its state as it would in plain training
-        for moment, slab in self._moment_slabs:
-            if gather:
-                self._transfer.gather(self._master.moments[moment], slab, self.plan)
-            for name in slab:
-                if self._mixed(name):
-                    slab[name].mul_(self._layout.correction(moment, clock))
+            return  # the first round
+        views: dict[str, dict[str, Tensor]] = {}
+        for moment in self._layout.moments:
+            for slab in self._moment_slabs(moment):
+                if gather:
+                    self._transfer.gather(self._master.moments[moment], slab, self.plan)
+                for name in slab:
+                    if self._mixed(name):
+                        slab[name].mul_(self._layout.correction(moment, clock))
+                    views.setdefault(name, {})[moment] = slab[name]
         for name, parameter in self.parameters.items():
             scalars = self._master.scalars.get(name)
             if scalars is None:  # it has never had a gradient
                 self.optimizer.state.pop(parameter, None)
                 continue
             state = self.optimizer.state[parameter]
-            state.update({moment: views[name] for moment, views in self._moments.items()})
+            state.update(views.get(name, {}))
             set_scalars(state, self._layout, {**scalars, "step": clock} if self._mixed(name) else scalars)
 
     def write_back_moments(self, round: int) -> None:
@@ -125,15 +121,17 @@ class TrainedSubnet(Subnet):
             return
         states = {name: self.optimizer.state[p] for name, p in self.parameters.items() if self.optimizer.state[p]}
         self._master.scalars.update(read_scalars(states.items(), self._layout))
-        for moment, slab in self._moment_slabs:
-            for name in slab.keys() & states.keys():
-                live: Tensor = states[name][moment]
-                if live.data_ptr() != slab[name].data_ptr():
-                    slab[name].copy_(live)  # the optimizer made its own in the first round
-                if self._mixed(name):
-                    slab[name].div_(self._layout.correction(moment, float(states[name].get("step", 0))))
+        for moment in self._layout.moments:
             rounding = self._master.precision.rounding(round, moment)
-            self._transfer.write_back(slab, self._master.moments[moment], self.plan, rounding=rounding)
+            for slab in self._moment_slabs(moment):
+                for name in slab.keys() & states.keys():
+                    live: Tensor = states[name][moment]
+                    if live.data_ptr() != slab[name].data_ptr():  # the optimizer's own, freed before the next
+                        slab[name].copy_(live)
+                        states[name][moment] = slab[name]
+                    if self._mixed(name):
+                        slab[name].div_(self._layout.correction(moment, float(states[name].get("step", 0))))
+                self._transfer.write_back(slab, self._master.moments[moment], self.plan, rounding=rounding)
 
     def is_finite(self) -> bool:
         """Whether every parameter and every moment is finite. The host waits for the device here."""
@@ -145,17 +143,31 @@ class TrainedSubnet(Subnet):
         """Whether the parameter's entries may have been trained for different numbers of steps."""
         return self._layout.corrected and name in self._sampled
 
+    def _moment_slabs(self, moment: str) -> list[Slab]:
+        if moment not in self._moments:
+            entries = {name: (parameter.dtype, parameter.shape) for name, parameter in self.parameters.items()}
+            entries, stored = self._layout.entries(moment, entries), self._master.moments[moment]
+            # Zeros, since a parameter that gets no gradient is written back as well.
+            self._moments[moment] = make_slabs(entries, stored, self._device, zeros=True)
+        return self._moments[moment]
+
     @property
     def moment_bytes(self) -> int:
-        return sum(slab.nbytes for _, slab in self._moment_slabs)
+        """Of the optimizer's state, whoever made it."""
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        return sum(value.nbytes for value in states if isinstance(value, Tensor) and value.ndim)
 
 
 def make_slabs(
-    entries: Mapping[str, tuple[torch.dtype, torch.Size]], stored: Mapping[str, Tensor], device: torch.device
+    entries: Mapping[str, tuple[torch.dtype, torch.Size]],
+    stored: Mapping[str, Tensor],
+    device: torch.device,
+    *,
+    zeros: bool = False,
 ) -> list[Slab]:
     """Slabs on the device of the given types and shapes: one for each type, and of it for each stored type, so that
     a slab crosses the link as a whole."""
     table: dict[tuple[torch.dtype, torch.dtype], dict[str, torch.Size]] = {}
     for name, (dtype, shape) in entries.items():
         table.setdefault((dtype, stored[name].dtype), {})[name] = shape
-    return [Slab(shapes, dtype, device) for (dtype, _), shapes in table.items()]
+    return [Slab(shapes, dtype, device, zeros=zeros) for (dtype, _), shapes in table.items()]

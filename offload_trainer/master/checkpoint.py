@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from offload_trainer.errors import UserError
+from offload_trainer.files.format import DTYPES
+from offload_trainer.files.reading import read_header
+from offload_trainer.files.writing import dtype_name, file_bytes, file_crc, write_safetensors
 from offload_trainer.master.interrupts import undivided
-from offload_trainer.master.streaming import dtype_name, file_bytes, file_crc, write_safetensors
 
 META = "checkpoint.json"
 FORMAT = 1
@@ -31,27 +33,26 @@ class Checkpoint:
     meta: Mapping[str, Any]
 
     def read_into(self, part: str, targets: Mapping[str, Tensor]) -> None:
-        """Copy a part's tensors into existing ones, one at a time. Names, shapes and dtypes must agree exactly."""
+        """Copy a part's tensors into existing host tensors. Names, shapes and dtypes must agree exactly."""
         self.check(part, targets)
-        with safe_open(self.path / f"{part}.safetensors", framework="pt") as file:
-            for name, target in targets.items():
-                target.copy_(file.get_tensor(name))
+        stored = read_header(self._file(part))
+        with open(self._file(part), "rb", buffering=0) as handle:
+            for one in stored:
+                one.read_into(handle, targets[one.name])
 
     def read(self, part: str) -> dict[str, Tensor]:
-        with safe_open(self.path / f"{part}.safetensors", framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        targets = {one.name: torch.empty(one.shape, dtype=DTYPES[one.dtype]) for one in read_header(self._file(part))}
+        self.read_into(part, targets)
+        return targets
+
+    def _file(self, part: str) -> Path:
+        return self.path / f"{part}.safetensors"
 
     def check(self, part: str, targets: Mapping[str, Tensor]) -> None:
         """Raise `UserError` unless the part holds exactly the tensors of `targets` (any device): reads headers only."""
-        file_name = f"{part}.safetensors"
-        if file_name not in self.files:
-            raise UserError(f"checkpoint {self.path} has no {file_name}: it was made with other settings")
-        try:
-            with safe_open(self.path / file_name, framework="pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                there = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-        except SafetensorError as error:
-            raise UserError(f"checkpoint {self.path}: {file_name} cannot be read ({error})") from error
+        if self._file(part).name not in self.files:
+            raise UserError(f"checkpoint {self.path} has no {self._file(part).name}: it was made with other settings")
+        there = {one.name: (one.shape, one.dtype) for one in read_header(self._file(part))}
         for name in [*targets, *there]:
             stored = here = ("absent", "absent")
             if name in targets:

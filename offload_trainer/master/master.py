@@ -44,7 +44,8 @@ class Master:
         self.computes: Mapping[str, torch.dtype] = MappingProxyType({name: t.dtype for name, t in full.items()})
         meta = any(tensor.is_meta for tensor in full.values())
         for dtype, shapes in by_dtype(stored_weights(full, precision)).items():
-            slab = Slab(shapes, dtype, pin=pin)
+            # One that a real model moves into is not touched before: never two full copies.
+            slab = Slab(shapes, dtype, pin=pin and meta)
             self._slabs.append(slab)
             tensors.update(slab)
         names = list(full)
@@ -53,6 +54,8 @@ class Master:
             _adopt(model, name, tensors[name])
         if meta and materialise is not None:
             materialise(model)
+        for slab in self._slabs if pin else ():
+            slab.pin()
         self.tensors: Mapping[str, Tensor] = MappingProxyType({name: tensors[name] for name in names})
         self.trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         self.moments: dict[str, Mapping[str, Tensor]] = {}
@@ -61,7 +64,7 @@ class Master:
             views: dict[str, Tensor] = {}
             for dtype, shapes in by_dtype(stored_moments(layout.entries(moment, trained), precision)).items():
                 slab = Slab(shapes, dtype, pin=pin)
-                slab.flat.zero_()
+                slab.flat.zero_()  # all of it now, not bit by bit while training
                 self._slabs.append(slab)
                 views.update(slab)
             self.moments[moment] = MappingProxyType({name: views[name] for name in trained})

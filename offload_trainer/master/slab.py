@@ -31,7 +31,11 @@ def _padded(numel: int) -> int:
 
 
 class Slab(Mapping[str, Tensor]):
-    """Named views of one flat tensor. `pin=True` registers exactly its bytes with CUDA (no rounding up)."""
+    """Named views of one flat tensor.
+
+    pin: fills it with zeros, which touches all its pages, then see `pin`.
+    zeros: filled with zeros, whose pages take memory of a host only once they are touched.
+    """
 
     def __init__(
         self,
@@ -40,17 +44,18 @@ class Slab(Mapping[str, Tensor]):
         device: torch.device | str = "cpu",
         *,
         pin: bool = False,
+        zeros: bool = False,
     ):
         numel = sum(_padded(shape.numel()) for shape in shapes.values())
         try:
-            self.flat = torch.empty(numel, dtype=dtype, device=device)
+            self.flat = (torch.zeros if zeros else torch.empty)(numel, dtype=dtype, device=device)
         except RuntimeError as error:
             gib = numel * dtype.itemsize / 2**30
             raise UserError(f"cannot allocate a slab of {gib:.2f} GiB on {device}: {error}".splitlines()[0]) from error
         self._pinned = False
-        if pin and numel:
-            memory.register(self.flat)
-            self._pinned = True
+        if pin:
+            self.flat.zero_()
+            self.pin()
         self._views: dict[str, Tensor] = {}
         start = 0
         for name, shape in shapes.items():
@@ -58,6 +63,12 @@ class Slab(Mapping[str, Tensor]):
             end = start + _padded(shape.numel())
             self.flat[start + shape.numel() : end] = 0  # what arithmetic over all of `flat` finds there
             start = end
+
+    def pin(self) -> None:
+        """Register exactly these bytes with CUDA (no rounding up); what is in them stays."""
+        if self.flat.numel() and not self._pinned:
+            memory.register(self.flat)
+            self._pinned = True
 
     def close(self) -> None:
         """Unpin. The views stay valid for as long as somebody holds them."""

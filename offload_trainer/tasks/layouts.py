@@ -19,7 +19,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from offload_trainer.tasks.stored import Stored
+from offload_trainer.files.reading import Stored
 
 Region = tuple[int | slice, ...]
 """Index of a part of a tensor: `tensor[region]`; () is all of it."""

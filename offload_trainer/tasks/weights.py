@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from offload_trainer.errors import UserError
+from offload_trainer.files.format import DTYPES
+from offload_trainer.files.reading import Stored
 from offload_trainer.tasks.layouts import Region, places
-from offload_trainer.tasks.stored import DTYPES, Stored, some
+from offload_trainer.tasks.stored import some
 
 _OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.(attn|attention)\.(masked_)?bias$")
 """Names that old files carry for buffers which transformers now computes."""

@@ -10,8 +10,8 @@ import torch
 from benchmarks.records import Record, Setting
 from benchmarks.timing import take_turns, times_faster
 from benchmarks.workloads import llama
+from offload_trainer.files.writing import write_shards
 from offload_trainer.master import Master, StateLayout
-from offload_trainer.master.streaming import write_shards
 from offload_trainer.tasks.stored import stored_tensors
 from offload_trainer.tasks.weights import Weights
 

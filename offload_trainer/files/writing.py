@@ -1,8 +1,7 @@
 """Write safetensors tensor by tensor, in one file or in shards.
 
 `safetensors.torch.save_file` first copies every tensor into one buffer each, all at once: a second full copy. The
-format is a length, a JSON header and the raw values, so writing it in order needs no copy at all. Reading is
-`safetensors.safe_open`.
+format is a length, a JSON header and the raw values, so writing it in order needs no copy at all.
 """
 
 import json
@@ -15,24 +14,9 @@ import torch
 from torch import Tensor
 
 from offload_trainer.errors import UserError
+from offload_trainer.files.format import DTYPES, INDEX, WEIGHTS
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-"""How transformers calls the only file of a model, and the list of its shards where there are several."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor], shard_size: int) -> None:
