@@ -2,32 +2,115 @@
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- results: tools/tables.py -->\n", "<!-- /results -->\n"
 
+Records = list[dict[str, Any]]
+
 
 def tables() -> str:
     """One table per benchmark and device, of every file in tools/results/."""
-    records: list[dict[str, Any]] = []
+    records: Records = []
     for path in sorted((ROOT / "tools" / "results").glob("*.json")):
         content = json.loads(path.read_text())
         records += [record for record in content if isinstance(record, dict) and {"name", "case"} <= record.keys()]
-    lines: list[str] = []
+    return "\n".join(lines(records))
+
+
+def lines(records: Records) -> Iterator[str]:
     for name, device in dict.fromkeys((record["name"], record["device"]) for record in records):
         chosen = [r for r in records if (r["name"], r["device"]) == (name, device)]
-        lines += [f"`tools/bench.py {name}`, {device}, torch {chosen[0]['versions']['torch']}:", ""]
-        lines += ["| case | measured | ratio | against | aim |", "| --- | ---: | ---: | --- | ---: |"]
-        for record in chosen:
-            aim = record.get("details", {}).get("aim")
-            lines.append(
-                f"| {record['case']} | {record['value']:,.4g} {record['unit']} | {record['ratio']:.3g} "
-                f"| {record['against']} | {'' if aim is None else f'{aim:.3g}'} |"
-            )
-        lines.append("")
-    return "\n".join(lines)
+        tool = chosen[0]["details"].get("tool", f"tools/bench.py {name}")
+        yield f"`{tool}`, {device}, torch {chosen[0]['versions']['torch']}:"
+        yield ""
+        yield from LAYOUTS.get(name, ratios)(chosen)
+        yield ""
+
+
+def ratios(records: Records) -> Iterator[str]:
+    yield "| case | measured | ratio | against | aim |"
+    yield "| --- | ---: | ---: | --- | ---: |"
+    for record in records:
+        aim = record.get("details", {}).get("aim")
+        yield (
+            f"| {record['case']} | {record['value']:,.4g} {record['unit']} | {record['ratio']:.3g} "
+            f"| {record['against']} | {'' if aim is None else f'{aim:.3g}'} |"
+        )
+
+
+def peers(records: Records) -> Iterator[str]:
+    """A table for each model, batch and cap; who did not run has a row that says why."""
+
+    def setting(record: dict[str, Any]) -> str:
+        return record["case"].partition(":")[0]
+
+    ours = list(dict.fromkeys(r["details"]["work"] for r in records if r["details"]["work"] != "the full network"))
+    for what, found in groupby(sorted(records, key=setting), setting):
+        group = list(found)
+        compared = next((r["against"] for r in group if r["value"]), "")
+        notes = list(dict.fromkeys(r["details"]["note"] for r in group if "note" in r["details"]))
+        yield f"{what} a step" + "".join(f" ({note})" for note in notes) + (f". Note that {ours[0]}." if ours else "")
+        yield ""
+        yield (
+            f"| contender | tokens/s | ÷ {compared} | µs/token | parameters in a step | MFLOP/token | TFLOP/s "
+            "| device peak | host peak | link per step |"
+        )
+        yield "| --- |" + " ---: |" * 9
+        for record in group:
+            yield peer(record)
+
+
+def peer(record: dict[str, Any]) -> str:
+    d = record["details"]
+    if d["outcome"] != "measured":
+        return f"| {d['contender']} | {d['outcome']} ({d['message']}) |" + " |" * 8
+    link, how = d.get("link_bytes_profiled", d["link_bytes_per_step"]), d["link_source"].partition(":")[0]
+    cells = [
+        d["contender"],
+        f"{record['value']:,.0f}",
+        f"{record['ratio']:.3g}",
+        f"{1e6 * d['seconds_per_token']:,.3g}",
+        f"{d['parameters_in_a_step'] / 1e6:,.1f} M ({d['parameters_in_a_step'] / d['parameters']:.0%})",
+        f"{d['flops_per_token'] / 1e6:,.4g}" if "flops_per_token" in d else "",
+        f"{d['flops_per_second'] / 1e12:,.3g}" if "flops_per_second" in d else "",
+        f"{d['device_peak_bytes'] / 2**30:.2f} GiB" if "device_peak_bytes" in d else "",
+        f"{d['host_peak_bytes'] / 2**30:.2f} GiB",
+        f"{link / 2**20:,.1f} MiB ({'profiled' if 'link_bytes_profiled' in d else how})",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def scale(records: Records) -> Iterator[str]:
+    """A row for each full model: what it is, and in brackets how many times as good as the smallest."""
+    shown = {"step": "ms", "round": "s", "gather": "ms", "writeback": "ms", "host": "MiB", "device": "MiB"}
+    yield "| full model | parameters | step | round | gather | write-back | host peak | device |"
+    yield "| --- |" + " ---: |" * 7
+    for times in sorted({record["details"]["times"] for record in records}):
+        row = {r["case"].split()[2]: r for r in records if r["details"]["times"] == times}
+        cells = [f"{times}x", f"{row['step']['details']['parameters'] / 1e6:,.1f} M"]
+        for what, unit in shown.items():
+            ratio = "" if what == "host" else f" ({row[what]['ratio']:.3g})"
+            cells.append(f"{row[what]['value']:,.4g} {unit}{ratio}")
+        yield "| " + " | ".join(cells) + " |"
+
+
+def start(records: Records) -> Iterator[str]:
+    """The ratio, and a table of where the seconds go."""
+    yield from ratios(records)
+    for record in records:
+        parts = record["details"]["parts"]
+        yield ""
+        yield f"| {record['case']} | " + " | ".join(parts) + " |"
+        yield "| --- |" + " ---: |" * len(parts)
+        yield "| seconds | " + " | ".join(f"{seconds:,.2f}" for seconds in parts.values()) + " |"
+
+
+LAYOUTS: dict[str, Callable[[Records], Iterator[str]]] = {"peers": peers, "scale": scale, "start": start}
 
 
 def main() -> int:
