@@ -1,9 +1,13 @@
 """Small runs for tests: a tiny byte-level Llama on a little text, and custom tasks."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,11 @@ import torch
 import yaml
 from torch import nn
 
+from offload_trainer.device import memory
+
+FRESH = multiprocessing.get_context("forkserver")
+"""Its processes are forks of one that has imported what takes seconds, and done nothing else."""
+FRESH.set_forkserver_preload(["offload_trainer.run", "transformers.models.auto.modeling_auto"])
 ROOT = Path(__file__).parent.parent
 LLAMA = {
     "model_type": "llama",
@@ -26,8 +35,19 @@ LLAMA = {
 }
 
 
+TWO_LAYERS = {"task.model.num_hidden_layers": 2}
+
+
+def custom(function: str, **arguments: object) -> dict[str, object]:
+    """The change to a config that makes its task a function below, for what is not about language models."""
+    return {"task": {"kind": "custom", "function": f"tests.runs:{function}", "arguments": arguments}}
+
+
 def config(folder: Path, **changes: Any) -> Path:
-    """Write a config (and its text) into `folder`; dotted keys in `changes` override it."""
+    """Write a config (and its text) into `folder`; dotted keys in `changes` override it.
+
+    Its Llama has one layer, unless the test is about several (`**TWO_LAYERS`): what a run costs is above all tracing.
+    """
     text = folder / "text"
     text.mkdir(exist_ok=True)
     for i in range(12):
@@ -39,7 +59,7 @@ def config(folder: Path, **changes: Any) -> Path:
         "out": str(folder / "out"),
         "task": {
             "kind": "causal_lm",
-            "model": dict(LLAMA),
+            "model": LLAMA | {"num_hidden_layers": 1},
             "data": str(text),
             "sequence": 24,
             "batch_size": 4,
@@ -60,6 +80,38 @@ def config(folder: Path, **changes: Any) -> Path:
     file = folder / "tiny.yaml"
     file.write_text(yaml.safe_dump(tree, sort_keys=False))
     return file
+
+
+def growth(prepare: Callable[..., Callable[[], object]], *arguments: str) -> int:
+    """Bytes by which what `prepare(*arguments)` returns raises the peak of resident memory, in a process of its own.
+
+    In this one an earlier peak, or freed memory that is taken again, would hide them. `prepare` is a function of a
+    module; what is asserted in it, and in what it returns, is asserted there. What it takes for a while counts too.
+    """
+    here, there = FRESH.Pipe(duplex=False)
+    process = FRESH.Process(target=_measure, args=(there, prepare, arguments))
+    process.start()
+    there.close()
+    with here:
+        try:
+            told = here.recv()
+        except EOFError:
+            told = "the process ended without a word"
+    process.join()
+    assert isinstance(told, int), told
+    return told
+
+
+def _measure(pipe: Connection, prepare: Callable[..., Callable[[], object]], arguments: tuple[str, ...]) -> None:
+    try:
+        torch.set_num_threads(1)
+        measured = prepare(*arguments)
+        memory.give_back()
+        before = memory.host_bytes()
+        measured()
+        pipe.send(memory.host_peak() - before)
+    except BaseException:
+        pipe.send(traceback.format_exc())
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from offload_trainer import offloader as offloader_module
 from offload_trainer.device import memory
 from offload_trainer.run import main
-from tests.runs import config, launch, metrics
-
-
-def custom(function: str, **arguments: object) -> dict[str, object]:
-    return {"task": {"kind": "custom", "function": f"tests.runs:{function}", "arguments": arguments}}
+from tests.runs import config, custom, launch, metrics
 
 
 @pytest.fixture
@@ -134,12 +132,29 @@ def test_an_engine_that_is_not_supported_is_not_passed_over(
     assert f"accelerate was configured for {engine}" in line
 
 
-@pytest.mark.parametrize("asked", [["--num_processes", "2"], ["--gpu_ids", "0,1"]], ids=["processes", "ids"])
-def test_gpus_asked_of_accelerate_that_are_not_there(tmp_path: Path, asked: list[str]) -> None:
+TWO_GPUS = "error: 2 GPUs were asked for, one per process, and this machine has 0"
+
+
+def test_processes_asked_of_accelerate_for_gpus_that_are_not_there(tmp_path: Path) -> None:
     program = ["offload_trainer/run.py", "--config", str(config(tmp_path))]
-    done = launch("accelerate", "launch", *asked, *program)
+    done = launch("accelerate", "launch", "--num_processes", "2", *program)
     assert done.returncode != 0
-    assert "error: 2 GPUs were asked for, one per process, and this machine has 0" in done.stderr
+    assert TWO_GPUS in done.stderr
+
+
+@pytest.mark.usefixtures("never_allocated")
+def test_gpus_asked_of_accelerate_by_id_that_are_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the environment that `accelerate launch` makes."""
+    given = "--gpu_ids 0,1 --num_machines 1 --mixed_precision no --dynamo_backend no offload_trainer/run.py"
+    asked = launch_command_parser().parse_args(given.split())
+    asked.use_cpu = False  # as the launcher finds on its own
+    _, environment = prepare_simple_launcher_cmd_env(asked)
+    for name in environment.keys() - os.environ.keys() | {"CUDA_VISIBLE_DEVICES"}:
+        monkeypatch.setenv(name, environment[name])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert TWO_GPUS in one_line(capsys, main(["--config", str(config(tmp_path))]))
 
 
 @pytest.mark.usefixtures("never_allocated")
@@ -165,7 +180,7 @@ def test_resuming_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[st
     file = str(config(tmp_path))
     assert main(["--config", file, "--steps", "4"]) == 0
     capsys.readouterr()
-    model = "{model_type: llama, vocab_size: 256, hidden_size: 64, intermediate_size: 48, num_hidden_layers: 2, \
+    model = "{model_type: llama, vocab_size: 256, hidden_size: 64, intermediate_size: 48, num_hidden_layers: 1, \
 num_attention_heads: 4, num_key_value_heads: 2, head_dim: 8, max_position_embeddings: 64, tie_word_embeddings: true}"
     line = one_line(capsys, main(["--config", file, "--resume", "auto", "--task.model", model]))
     assert "is of another model: model.embed_tokens.weight is (256, 32) there, (256, 64) here" in line
@@ -176,7 +191,7 @@ num_attention_heads: 4, num_key_value_heads: 2, head_dim: 8, max_position_embedd
 def test_a_truncated_checkpoint_is_named_and_auto_falls_back(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = str(config(tmp_path))
+    file = str(config(tmp_path, **custom("blobs")))
     assert main(["--config", file]) == 0
     newest = sorted((tmp_path / "out" / "checkpoints").iterdir())[-1]
     weights = newest / "weights.safetensors"
@@ -228,7 +243,7 @@ def test_a_disk_that_is_too_small(
 
 
 def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    file = str(config(tmp_path))
+    file = str(config(tmp_path, **custom("blobs")))
     assert main(["--config", file, "--steps", "4"]) == 0
     capsys.readouterr()
     usage(monkeypatch, tmp_path, 2**40, 1000)  # it fills while the run goes on

@@ -2,10 +2,10 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
+from collections.abc import Callable
 from errno import ENOSPC
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -39,7 +40,7 @@ from offload_trainer.tasks import build_task
 from offload_trainer.tasks.hf_config import fitted_config
 from offload_trainer.tasks.knobs import NoConfigError
 from offload_trainer.tasks.tokens import byte_tokenizer
-from tests.runs import LLAMA, config
+from tests.runs import LLAMA, TWO_LAYERS, config, custom, growth
 
 COMMON = {"vocab_size": 61, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 COMMON |= {"max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}
@@ -63,7 +64,9 @@ FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {
 TOKENS = {"input_ids": torch.arange(33).view(3, 11), "use_cache": False}
 
 
+@cache
 def full_model(kind: str) -> nn.Module:
+    """For several tests: none changes it."""
     model_config = AutoConfig.for_model(kind, **{**COMMON, **FAMILIES[kind][0]})
     if "num_experts_per_tok" in FAMILIES[kind][0]:
         model_config._experts_implementation = "batched_mm"
@@ -74,8 +77,13 @@ def full_model(kind: str) -> nn.Module:
     return model
 
 
+@cache
+def groups_of(model: nn.Module) -> Groups:
+    return find_groups(model, TOKENS)
+
+
 def sliced(model: nn.Module, ratio: float, residual: float) -> tuple[nn.Module, Plan, Groups]:
-    groups = find_groups(model, TOKENS)
+    groups = groups_of(model)
     generator = torch.Generator().manual_seed(0)
     kept = {}
     for group in groups:
@@ -207,7 +215,7 @@ def test_there_is_no_config_where_none_is_right():
         return str(error.value)
 
     llama = full_model("llama")
-    groups = find_groups(llama, TOKENS)
+    groups = groups_of(llama)
     first = next(group for group in groups if "mlp" in group.name)
     uneven = slice_module(llama, Plan(groups, {first.name: torch.arange(7)}), groups)
     assert "layers must not differ" in refused(uneven)
@@ -231,39 +239,32 @@ def test_a_whole_model_keeps_its_config():
     )
 
 
-SAVING = """
-import sys, torch
-from pathlib import Path
-from transformers import LlamaConfig, LlamaForCausalLM
-from offload_trainer.files.writing import write_shards
-from offload_trainer.result import saved_tensors
-from offload_trainer.tasks.hf_config import fitted_config
-shape = dict(hidden_size=1024, num_hidden_layers=6, vocab_size=2048, num_attention_heads=16, max_position_embeddings=64)
-with torch.device("meta"):
-    module = LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=4096))
-module = module.to_empty(device="cpu")
-for tensor in [*module.parameters(), *module.buffers()]:
-    tensor.detach().normal_(std=0.02)
-module.model.rotary_emb.inv_freq.copy_(1 / 10000 ** (torch.arange(0, 64, 2) / 64))
-module.config = LlamaConfig(**shape, intermediate_size=5000)
-tokens = {"input_ids": torch.arange(6).view(2, 3), "use_cache": False}
-with torch.no_grad():
-    module(**tokens)
-before = int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0])
-assert fitted_config(module, tokens).intermediate_size == 4096
-write_shards(Path(sys.argv[1]), saved_tensors(module), 2**27)
-after = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # ru_maxrss begins with the parent's
-print((after - before) * 1024, sum(p.nbytes for p in module.parameters()))
-"""
+def a_model_to_save(folder: str) -> Callable[[], None]:
+    """100 M parameters."""
+    shape = {"hidden_size": 1024, "num_hidden_layers": 6, "vocab_size": 2048, "num_attention_heads": 16}
+    shape["max_position_embeddings"] = 64
+    with torch.device("meta"):
+        module = LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=4096))
+    module = module.to_empty(device="cpu")
+    for tensor in [*module.parameters(), *module.buffers()]:
+        tensor.detach().normal_(std=0.02)
+    module.model.rotary_emb.inv_freq.copy_(1 / 10000 ** (torch.arange(0, 64, 2) / 64))
+    module.config = LlamaConfig(**shape, intermediate_size=5000)
+    tokens = {"input_ids": torch.arange(6).view(2, 3), "use_cache": False}
+    with torch.no_grad():
+        module(**tokens)
+    assert sum(parameter.nbytes for parameter in module.parameters()) > 400e6
+
+    def measured() -> None:
+        assert fitted_config(module, tokens).intermediate_size == 4096
+        write_shards(Path(folder), saved_tensors(module), 2**27)
+
+    return measured
 
 
 def test_saving_takes_no_second_copy(tmp_path):
-    """Neither the proof of the config nor the writing of the tensors. 100 M parameters, in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", SAVING, tmp_path], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    taken, weights = map(float, done.stdout.split())
-    assert weights > 400e6
-    assert taken < 0.1 * weights
+    """Neither the proof of the config nor the writing of the tensors."""
+    assert growth(a_model_to_save, str(tmp_path)) < 0.1 * 400e6
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 3
 
 
@@ -303,7 +304,7 @@ def test_shards_are_filled_as_far_as_they_go():
 
 def test_a_run_exports_shards_a_tokenizer_and_the_full_master(tmp_path):
     changes = {"export.shard_size": "0.02MB", "export.full": True, "steps": 4}
-    file = config(tmp_path, **changes)
+    file = config(tmp_path, **TWO_LAYERS, **changes)
     assert main(["--config", str(file)]) == 0
     out = tmp_path / "out"
     summary = json.loads((out / "summary.json").read_text())
@@ -355,8 +356,7 @@ def logits_of(model: nn.Module) -> torch.Tensor:
 
 
 def test_the_full_master_of_any_model_is_saved(tmp_path):
-    task = {"kind": "custom", "function": "tests.runs:blobs"}
-    file = config(tmp_path, **{"task": task, "export.full": True, "steps": 4})
+    file = config(tmp_path, **custom("blobs"), **{"export.full": True, "steps": 4})
     assert main(["--config", str(file)]) == 0
     master = load_file(find_checkpoint(tmp_path / "out").path / "weights.safetensors")
     saved = load_file(tmp_path / "out" / "full" / "model.safetensors")

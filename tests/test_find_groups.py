@@ -1,9 +1,8 @@
 """What can be sliced: every family is traced and proved; exact groups of the important ones; errors that help."""
 
 import functools
-import resource
-import sys
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +16,7 @@ from offload_trainer.groups import read_rules, rule
 from offload_trainer.groups.rules import RULES, pointwise
 from tests import models
 from tests.models import FAMILIES, MLP, ViT, images, llm, moe, tokens, vectors
+from tests.runs import growth
 
 
 def slots(groups: Groups, name: str) -> set[str]:
@@ -27,7 +27,11 @@ def units(groups: Groups) -> dict[str, int]:
     return {group.name: group.units for group in groups}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+IN_FAMILIES = {"llama", "qwen3", "mistral", "gemma", "phi3", "gpt2", "gpt_neox", "opt"}
+"""The same models are proved, and trained, in test_families.py."""
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in IN_FAMILIES])
 def test_every_family_is_found_and_proved(family: str):
     model, inputs = FAMILIES[family]()
     groups = find_groups(model, inputs)
@@ -222,20 +226,27 @@ def test_inputs_and_outputs_in_any_container(form: str):
     verify_groups(Wrapped(), groups, inputs)
 
 
-def test_eight_billion_parameters():
-    """DESIGN: under 20 s and 2 GB. Half of it is a copy, sliced, that must show the same groups."""
+def eight_billion_parameters() -> Callable[[], None]:
+    """Half of the time goes to a copy, sliced, that must show the same groups."""
     model = llm(
         "llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=8,
     )  # fmt: skip
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    groups = find_groups(model, tokens())
-    assert time.monotonic() - start < 20
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024)
-    assert grown < 2 * 2**30
-    assert len(groups) == 65 and groups["residual"].units == 4096
-    assert len(str(groups).splitlines()) == 6, "32 layers are one row"
-    assert "model.layers.{0-31}.self_attn" in str(groups)
+
+    def measured() -> None:
+        start = time.process_time()
+        groups = find_groups(model, tokens())
+        assert time.process_time() - start < 20
+        assert len(groups) == 65 and groups["residual"].units == 4096
+        assert len(str(groups).splitlines()) == 6, "32 layers are one row"
+        assert "model.layers.{0-31}.self_attn" in str(groups)
+
+    return measured
+
+
+def test_eight_billion_parameters():
+    """DESIGN: under 20 s (of the CPU, for machines that are shared) and 2 GB; one matrix in float32 is 224 MiB."""
+    assert growth(eight_billion_parameters) < 2**28
 
 
 class StoredState(nn.Module):

@@ -21,7 +21,7 @@ from offload_trainer.config import parse
 from offload_trainer.result import load_export
 from offload_trainer.run import main
 from offload_trainer.tasks import build_task
-from tests.runs import LLAMA, ROOT, config, launch, metrics
+from tests.runs import LLAMA, ROOT, TWO_LAYERS, config, custom, launch, metrics
 
 EXPECTED_METRICS = {
     *("step", "round", "loss", "keep", "tokens_per_second", "gather_ms", "writeback_ms"),
@@ -53,7 +53,7 @@ def test_the_quickstart_command_in_a_short_form(tmp_path: Path) -> None:
 
 def test_the_export_computes_what_the_final_subnet_computes(tmp_path: Path) -> None:
     """Through transformers, and through `load_export`, against the master of the last checkpoint."""
-    file = config(tmp_path)
+    file = config(tmp_path, **TWO_LAYERS)
     assert main(["--config", str(file)]) == 0
     out = tmp_path / "out"
     task = build_task(parse(["--config", str(file)]).task, 0)
@@ -102,7 +102,7 @@ def test_resume_on_the_command_line_equals_an_uninterrupted_run(tmp_path: Path) 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["int", "term", "kill"])
 def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path, stop: signal.Signals) -> None:
     """Ctrl-C and SIGTERM keep the last whole round; after SIGKILL there is the last checkpoint."""
-    whole = str(config(tmp_path, steps=400))
+    whole = str(config(tmp_path, steps=400, **custom("blobs")))
     out = tmp_path / "out"
     command = [sys.executable, "offload_trainer/run.py", "--config", whole, "--checkpoint.every", "40"]
     running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -121,13 +121,22 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path, sto
     assert not list((out / "checkpoints").glob(".writing-*"))
 
 
-def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
-    """Two real processes on gloo, each with half of the same global batch."""
-    file = str(config(tmp_path, **{"structure.settle": 0.3, "track.eval_every": 4, "task.val_batches": 1}))
-    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A folder, and two real processes on gloo: a run that cannot be; one in `two` of which each has half a batch."""
+    folder = tmp_path_factory.mktemp("processes")
+    file = str(config(folder, **{"structure.settle": 0.3, "track.eval_every": 4, "task.val_batches": 1}))
+    runs = ["--config", file, "--task.batch_size", "3", "--", "--config", file, "--out", str(folder / "two")]
+    return folder, launch("torchrun", "--nproc_per_node", "2", "-m", "tests.several", *runs)
+
+
+def test_two_processes_give_the_losses_of_one(
+    two_processes: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, done = two_processes
+    assert done.returncode == 0 and done.stdout.count("exit code 0") == 2, done.stderr
+    file, one, two = (str(folder / name) for name in ("tiny.yaml", "one", "two"))
     assert main(["--config", file, "--out", one]) == 0
-    done = launch("torchrun", "--nproc_per_node", "2", "offload_trainer/run.py", "--config", file, "--out", two)
-    assert done.returncode == 0, done.stderr
     (start, *firsts), (other, *seconds) = metrics(Path(one)), metrics(Path(two))
     assert other["val_loss"] == pytest.approx(start["val_loss"], rel=1e-4)
     for first, second in zip(firsts, seconds, strict=True):
@@ -139,35 +148,41 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     assert main(["--config", file, "--out", two, "--resume", "auto"]) == 0
 
 
-def test_processes_that_do_not_divide_the_batch_are_told_so(tmp_path: Path) -> None:
-    file = str(config(tmp_path))
-    done = launch("torchrun", "--nproc_per_node", "3", "offload_trainer/run.py", "--config", file)
-    assert done.returncode != 0
-    assert "error: task.batch_size (4) must be divisible by the number of processes (3)" in done.stderr
+def test_processes_that_do_not_divide_the_batch_are_told_so(
+    two_processes: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    _, done = two_processes
+    assert done.stdout.count("exit code 2") == 2, done.stderr
+    for error in ("error", "error (rank 1)"):
+        assert f"{error}: task.batch_size (3) must be divisible by the number of processes (2)" in done.stderr
 
 
-def test_dry_run_prints_groups_and_ledger_and_writes_nothing(tmp_path: Path) -> None:
-    done = launch("accelerate", "launch", "offload_trainer/run.py", "--config", str(config(tmp_path)), "--dry-run")
-    assert done.returncode == 0, done.stderr
+def test_dry_run_prints_groups_and_ledger_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--config", str(config(tmp_path, **TWO_LAYERS)), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
     for word in ("residual", "model.layers.{0-1}.mlp", "activations", "weights", "together"):
-        assert word in done.stdout
-    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+        assert word in printed
+    assert not (tmp_path / "out").exists()
 
 
 def test_groups_by_hand_are_the_traced_ones(tmp_path: Path) -> None:
     """A run with the traced groups written out as rules in the config is the same run."""
-    file = config(tmp_path)
+    file = config(tmp_path, **TWO_LAYERS)
     task = build_task(parse(["--config", str(file)]).task, 0)
     groups = find_groups(task.model, task.example_inputs)
     rules = {group.name: [str(slot) for slot in group.slots] for group in groups}
     assert main(["--config", str(file), "--out", str(tmp_path / "traced")]) == 0
-    assert main(["--config", str(config(tmp_path, **{"structure.rules": rules})), "--out", str(tmp_path / "hand")]) == 0
+    by_hand = config(tmp_path, **TWO_LAYERS, **{"structure.rules": rules})
+    assert main(["--config", str(by_hand), "--out", str(tmp_path / "hand")]) == 0
     one, two = metrics(tmp_path / "traced"), metrics(tmp_path / "hand")
     assert [record["loss"] for record in one] == [record["loss"] for record in two]
 
 
 def test_widths_without_a_config_are_said_and_still_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = config(tmp_path, **{"structure.sampler": "bernoulli", "structure.budget": "global", "seed": 1})
+    uneven = {"structure.sampler": "bernoulli", "structure.budget": "global", "seed": 1}
+    file = config(tmp_path, **TWO_LAYERS, **uneven)
     assert main(["--config", str(file)]) == 0
     export = tmp_path / "out" / "export"
     assert "there is no config.json" in capsys.readouterr().out
@@ -187,7 +202,7 @@ def test_a_config_that_computes_something_else_is_not_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Gemma scales its embeddings by the square root of hidden_size: a smaller hidden_size is another model."""
-    gemma = {**LLAMA, "model_type": "gemma", "pad_token_id": 0}
+    gemma = {**LLAMA, "model_type": "gemma", "pad_token_id": 0, "num_hidden_layers": 1}
     whole = config(tmp_path, **{"task.model": gemma, "steps": 4})
     assert main(["--config", str(whole)]) == 0
     assert "there is no config.json" in capsys.readouterr().out
@@ -200,7 +215,7 @@ def test_a_config_that_computes_something_else_is_not_written(
 def test_a_second_run_in_the_same_folder_keeps_its_own_checkpoints(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = str(config(tmp_path))
+    file = str(config(tmp_path, **custom("blobs")))
     assert main(["--config", file]) == 0
     assert main(["--config", file, "--steps", "5"]) == 0
     assert "checkpoints of an earlier run are now in" in capsys.readouterr().out
@@ -216,7 +231,7 @@ def test_a_second_run_in_the_same_folder_keeps_its_own_checkpoints(
 
 def test_a_write_killed_before_the_first_checkpoint_is_a_first_start(tmp_path: Path) -> None:
     (tmp_path / "out" / "checkpoints" / ".writing-step-00000004").mkdir(parents=True)
-    assert main(["--config", str(config(tmp_path, steps=4)), "--resume", "auto"]) == 0
+    assert main(["--config", str(config(tmp_path, steps=4, **custom("blobs"))), "--resume", "auto"]) == 0
 
 
 def images(folder: Path, size: int) -> Path:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,18 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> Any:
     sys.modules.pop("shrink", None)
 
 
+@pytest.fixture
+def in_this_process(shrink: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that the comparison launches, but for the one below that fails, cost no start of a process."""
+
+    def launched(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[1:3] == ["launch", str(runs.ROOT / "offload_trainer" / "run.py")]
+        return subprocess.CompletedProcess(command, run.main(command[3:]), "", "")
+
+    monkeypatch.setattr(shrink.subprocess, "run", launched)
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_a_comparison(shrink: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = runs.config(tmp_path, **{"structure.start": "importance"})
     arguments = ["--config", str(config), "--quick", "--seeds", "0", "--contenders", "ours", "full", "--points", "3"]
