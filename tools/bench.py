@@ -1,12 +1,17 @@
-"""Measure, always as a ratio to a baseline that takes turns with it in the same process.
+"""Measure, always as a ratio to a baseline that takes turns with it, in the same process where it can.
 
-    python tools/bench.py slicing overhead transfer load ledger [--json FILE] [--quick]
+    python tools/bench.py slicing overhead transfer load ledger peers scale start [--json FILE] [--quick]
 
 slicing: a training step of the sliced subnet, against the full dense network and against masks.
 overhead: steps per second of an offloaded run, against the same small network trained alone.
 transfer: GB/s of gather and write-back, against a plain copy of the same bytes.
 load: GB/s of a checkpoint's way from its files into the master, against reading the same files.
 ledger: peaks of memory in real runs, host and device, against what was predicted.
+peers: tokens per second, memory and link of what else trains a model larger than the device, against plain training
+    without a cap. Wants a GPU (on a CPU it only shows that it runs) and `pip install --no-deps torchao`, which the
+    project itself does not depend on; what is not installed is recorded as such.
+scale: step, round, transfers and memory as the full model grows at a fixed subnet, against the smallest.
+start: seconds from launch to the first step, and where they go, against building the model with transformers alone.
 
 Records go into FILE as they are measured; those of other cases and devices in it stay. `--quick` runs tiny sizes in
 seconds and proves only that everything runs: its cases bear their own names, so they never replace a measurement.
@@ -18,54 +23,76 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
-from benchmarks import ledger, loading, overhead, slicing, transfer
+from benchmarks import ledger, loading, overhead, peers, scale, slicing, start, transfer
+from benchmarks.peers.contenders import CONTENDERS
+from benchmarks.peers.sizes import SIZES
 from benchmarks.records import Record, Setting, merge, read_records, table
 from rich.console import Console
 
 from offload_trainer.errors import UserError
 
-BENCHMARKS: dict[str, Callable[[Setting], Iterator[Record]]] = {
-    "slicing": slicing.measure,
-    "overhead": overhead.measure,
-    "transfer": transfer.measure,
-    "load": loading.measure,
-    "ledger": ledger.measure,
+BENCHMARKS: dict[str, Callable[[Setting, argparse.Namespace], Iterator[Record]]] = {
+    "slicing": lambda setting, _: slicing.measure(setting),
+    "overhead": lambda setting, _: overhead.measure(setting),
+    "transfer": lambda setting, _: transfer.measure(setting),
+    "load": lambda setting, _: loading.measure(setting),
+    "ledger": lambda setting, _: ledger.measure(setting),
+    "peers": lambda setting, options: peers.measure(setting, peers_options(options)),
+    "scale": lambda setting, _: scale.measure(setting),
+    "start": lambda setting, options: start.measure(setting, options.size),
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the records to this file")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, a few seconds each")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--size", choices=SIZES, help="of the model of peers and start")
+    group = parser.add_argument_group("peers")
+    group.add_argument(
+        "--cap", type=float, default=8, metavar="GIB", help="device memory of each, CUDA only (default: 8)"
+    )
+    group.add_argument("--minutes", type=float, default=0.5, help="to time each contender for (default: 0.5)")
+    group.add_argument("--batch", type=int, help="sequences in a step")
+    group.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME", help=", ".join(CONTENDERS))
+    return parser.parse_args(arguments)
+
+
+def peers_options(options: argparse.Namespace) -> peers.Options:
+    contenders = tuple(options.contenders or ())
+    return peers.Options(options.size, options.batch, int(options.cap * 2**30), options.minutes, contenders)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
     try:
         if options.json:
             read_records(options.json)  # a file that cannot be added to is found before minutes of measuring
         accelerator = Accelerator()
         if accelerator.num_processes > 1:
             raise UserError(f"bench.py measures one process; {accelerator.num_processes} were started")
-        run(options.names, Setting(accelerator, quick=options.quick), options.json)
+        run(options, Setting(accelerator, quick=options.quick))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
 
 
-def run(names: Sequence[str], setting: Setting, file: Path | None) -> list[Record]:
-    """Run benchmarks by name, print a table, and merge the records into `file`."""
+def run(options: argparse.Namespace, setting: Setting) -> list[Record]:
+    """Run benchmarks by name, print a table, and merge the records into a file, each as it comes."""
     records: list[Record] = []
     console = Console()
     with console.status("") as status:
-        for name in dict.fromkeys(names):
+        for name in dict.fromkeys(options.names):
             status.update(name)
-            for record in BENCHMARKS[name](setting):
+            for record in BENCHMARKS[name](setting, options):
                 records.append(record)
                 status.update(f"{name}: {record.case} done")
-                if file:
-                    merge(file, [record])
+                if options.json:
+                    merge(options.json, [record])
     console.print(table(records))
     return records
 
