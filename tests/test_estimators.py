@@ -55,7 +55,7 @@ def moments(estimate, s: Tensor, losses: Tensor, alpha: float) -> tuple[Tensor, 
     """Mean, variance and second moment per coordinate over all pairs of masks, each weighted."""
     masks, p = all_masks(len(s)), weights(s)
     d = (losses[:, None] - losses)[..., None]  # (2^n, 2^n, 1)
-    values = estimate(s, masks[:, None].expand(-1, len(p), -1), masks.expand(len(p), -1, -1), d, alpha)
+    values = estimate(s, masks[:, None].expand(-1, len(p), -1), s, masks.expand(len(p), -1, -1), d, alpha)
     pairs = (p[:, None] * p)[..., None]
     mean, second = (pairs * values).sum((0, 1)), (pairs * values**2).sum((0, 1))
     return mean, (pairs * (values - mean) ** 2).sum((0, 1)), second
@@ -69,6 +69,23 @@ def test_mean_over_all_pairs_is_the_exact_gradient(estimate, loss: Loss, alpha: 
         losses = loss(all_masks(len(s)))
         mean, _, _ = moments(estimate, s, losses, alpha)
         torch.testing.assert_close(mean, exact_gradient(s, losses, alpha), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_masks_drawn_from_different_s_give_the_gradient_at_each(alpha: float):
+    """vr_pge that at the s of m, rloo the mean of both."""
+    s, s2 = (
+        torch.tensor([0.5, 0.3, 0.8, 0.1], dtype=torch.float64),
+        torch.tensor([0.4, 0.5, 0.7, 0.2], dtype=torch.float64),
+    )
+    masks = all_masks(len(s))
+    losses = random_table(masks)
+    d = (losses[:, None] - losses)[..., None]
+    pairs = (weights(s)[:, None] * weights(s2))[..., None]
+    exact, exact2 = exact_gradient(s, losses, alpha), exact_gradient(s2, losses, alpha)
+    for estimate, expected in ((vr_pge, exact), (rloo, (exact + exact2) / 2)):
+        values = estimate(s, masks[:, None].expand(-1, len(masks), -1), s2, masks, d, alpha)
+        torch.testing.assert_close((pairs * values).sum((0, 1)), expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("loss", [random_table, tiny_network])
@@ -125,7 +142,7 @@ def test_variance_is_bounded_for_every_s(alpha: float):
 @pytest.mark.parametrize("estimate", ESTIMATORS)
 def test_gradient_is_zero_where_s_is_0_or_1(estimate):
     s = torch.tensor([0.0, 1.0, 0.5])
-    gradient = estimate(s, torch.tensor([True, False, True]), torch.tensor([False, True, False]), 2.0, 0.5)
+    gradient = estimate(s, torch.tensor([True, False, True]), s, torch.tensor([False, True, False]), 2.0, 0.5)
     assert gradient[:2].tolist() == [0.0, 0.0]
     assert gradient[2] == 2.0  # d (1 - s) / sqrt(1/4), or d / 2 / sqrt(1/4)
 
@@ -133,5 +150,5 @@ def test_gradient_is_zero_where_s_is_0_or_1(estimate):
 def test_estimators_are_the_formulas():
     s, m, m2 = torch.tensor([0.2, 0.7]), torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])
     h = s * (1 - s)
-    torch.testing.assert_close(vr_pge(s, m, m2, 0.3, 0.6), 0.3 * h**0.6 * (m - s) / h)
-    torch.testing.assert_close(rloo(s, m, m2, 0.3, 0.6), 0.15 * h**0.6 * (m - m2) / h)
+    torch.testing.assert_close(vr_pge(s, m, s, m2, 0.3, 0.6), 0.3 * h**0.6 * (m - s) / h)
+    torch.testing.assert_close(rloo(s, m, s, m2, 0.3, 0.6), 0.15 * h**0.6 * (m - m2) / h)

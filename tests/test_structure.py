@@ -72,7 +72,8 @@ def test_first_update_is_adam_and_then_the_projection(budget: Any):
     for group in GROUPS:
         mask, mask2 = torch.zeros(group.units), torch.zeros(group.units)
         mask[m[group.name]], mask2[m2[group.name]] = 1, 1
-        gradient = rloo(before[group.name], mask, mask2, 0.7, 0.5)
+        was = before[group.name]
+        gradient = rloo(was, mask, was, mask2, 0.7, 0.5)
         moved[group.name] = before[group.name] - 0.01 * gradient.sign()
     if budget == "global":
         expected = project(torch.cat([*moved.values()]), sum(0.3 * group.units for group in GROUPS))
@@ -120,6 +121,36 @@ def test_helpful_units_are_found(estimator: Any, sampler: Any, budget: Any):
     for s in structure.s.values():
         assert s[0::2].mean() > s[1::2].mean() + 0.5
     assert loss(structure.top()) < 1.5 * untrained
+
+
+def test_masks_follow_one_another():
+    """What is compared with is trained next; each mask counts with the s it was drawn from, which has moved since."""
+    structure, drawn = Structure(GROUPS, lr=0.05), []
+    for r in range(6):
+        at = structure.flat.clone()
+        m, m2, later = structure.follow()
+        drawn += [(m, at), (m2, at), (later, at)] if r == 0 else [(later, at)]
+        for i, kept in enumerate((m, m2, later)):
+            assert_same([*drawn[r + i][0].values()], [*kept.values()])
+        state = structure.state_dict()
+        for i in range(3):
+            assert torch.equal(state["drawn.from"][i], drawn[r + i][1])
+        structure.update((-1) ** r)
+    assert not torch.equal(drawn[0][1], drawn[-1][1])
+
+
+def test_a_resumed_structure_follows_the_masks_it_had():
+    one, other = Structure(GROUPS), Structure(GROUPS)
+    for r in range(3):
+        one.follow()
+        one.update(0.1 * r)
+    other.load_state_dict(one.state_dict())
+    for r in range(4):
+        for kept, again in zip(one.follow(), other.follow(), strict=True):
+            assert_same([*kept.values()], [*again.values()])
+        one.update(0.3 * r)
+        other.update(0.3 * r)
+    assert_same([*one.s.values()], [*other.s.values()])
 
 
 def test_update_uses_the_last_pair_and_not_a_later_draw():

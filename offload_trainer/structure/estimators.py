@@ -4,6 +4,9 @@ Both estimate H^alpha(s) * grad_s E[L(m)] without bias, where H(s) = diag(s(1 - 
 preconditioner tames the score (m - s) / (s(1 - s)), which explodes near s = 0 and s = 1: for alpha >= 1/2 the
 variance is bounded for every s. A unit with s = 0 or s = 1 is no longer random; its gradient is 0.
 
+A mask drawn some rounds ago was drawn from the s of then, so each comes with its own. Where the two differ, `rloo`
+estimates the mean of the gradients at both.
+
 Source: appendix of Zhou et al., "Efficient Neural Network Training via Forward and Backward Propagation
 Sparsification" (NeurIPS 2021), Eq. 11 (the bound) and Eq. 12 (`vr_pge`).
 """
@@ -12,34 +15,36 @@ from torch import Tensor
 
 
 def vr_pge(
-    s: Tensor,  # (n,) in [0, 1]
+    s: Tensor,  # (n,) in [0, 1]: what m was drawn from
     m: Tensor,  # (n,) or (..., n), 0/1 or bool
+    s2: Tensor,  # as s, of m2
     m2: Tensor,  # as m, drawn independently of it; only its loss counts here
     d: float | Tensor,  # L(m) - L(m2); a tensor broadcasts against m
     alpha: float,  # in [1/2, 1)
 ) -> Tensor:  # shape of m
     """The paper's: d * H^alpha(s) * (m - s) / (s(1 - s)). The loss of m2 is a baseline for that of m."""
-    return _precondition(s, d * (m.to(s.dtype) - s), alpha)
+    return d * _score(s, m, alpha)
 
 
 def rloo(
-    s: Tensor,  # (n,) in [0, 1]
+    s: Tensor,  # (n,) in [0, 1]: what m was drawn from
     m: Tensor,  # (n,) or (..., n), 0/1 or bool
+    s2: Tensor,  # as s, of m2
     m2: Tensor,  # as m, drawn independently of it
     d: float | Tensor,  # L(m) - L(m2); a tensor broadcasts against m
     alpha: float,  # in [1/2, 1)
 ) -> Tensor:  # shape of m
-    """d / 2 * H^alpha(s) * (m - m2) / (s(1 - s)): each mask is the baseline of the other.
+    """d / 2 * H^alpha(s) * (m - m2) / (s(1 - s)) where s = s2: each mask is the baseline of the other.
 
     That is `vr_pge` averaged with itself after swapping the masks (leave-one-out, Kool et al. 2019). Per
     coordinate, Var(rloo) = E[vr_pge^2] / 2 = (Var(vr_pge) + g^2) / 2 with g the gradient: half, where noise
     outweighs signal.
     """
-    return _precondition(s, d * (m.to(s.dtype) - m2.to(s.dtype)) / 2, alpha)
+    return d / 2 * (_score(s, m, alpha) - _score(s2, m2, alpha))
 
 
-def _precondition(s: Tensor, numerator: Tensor, alpha: float) -> Tensor:
-    """H^alpha(s) * numerator / (s(1 - s)), and 0 where s(1 - s) = 0."""
+def _score(s: Tensor, m: Tensor, alpha: float) -> Tensor:
+    """H^alpha(s) * (m - s) / (s(1 - s)), and 0 where s(1 - s) = 0."""
     variance = s * (1 - s)
     fixed = variance <= 0
-    return (numerator * variance.masked_fill(fixed, 1).pow(alpha - 1)).masked_fill(fixed, 0)
+    return ((m.to(s.dtype) - s) * variance.masked_fill(fixed, 1).pow(alpha - 1)).masked_fill(fixed, 0)

@@ -9,14 +9,17 @@ from torch import Tensor
 
 from offload_trainer.errors import UserError
 from offload_trainer.structure.budgets import GroupLike, ScheduleName, group_budgets, require
+from offload_trainer.structure.drawn import AHEAD, Drawn
 from offload_trainer.structure.estimators import rloo, vr_pge
 from offload_trainer.structure.projection import project
+from offload_trainer.structure.ranking import largest, largest_of_all
 from offload_trainer.structure.samplers import bernoulli, fixed
 from offload_trainer.structure.starts import polarised
 
 Estimator = Literal["rloo", "vr_pge"]
 Sampler = Literal["fixed", "bernoulli"]
 Budget = Literal["per_group", "global"]
+ESTIMATORS = {"rloo": rloo, "vr_pge": vr_pge}
 Kept = dict[str, Tensor]
 """Name of each sampled group → its kept units, int64, sorted."""
 
@@ -24,7 +27,7 @@ Kept = dict[str, Tensor]
 class Structure:
     """Probabilities s of the units of the sampled groups, on the CPU.
 
-    A round calls `set_step(step)`, `pair()` and, when the losses of the two subnetworks are known,
+    A round calls `set_step(step)`, `pair()` or `follow()` and, when the losses of the two subnetworks are known,
     `update(d)`. All follows from `seed` and the values of d, so ranks that share them draw the same masks.
 
     groups: any iterable of objects with `name` and `units`, such as `Groups`.
@@ -39,8 +42,7 @@ class Structure:
     width_steps: group name → the number of units its width is a multiple of, such as `groups.width_steps(64)`.
     lr: step size of Adam on s, about how far s moves in an update; 0: s stays as it starts.
     paired_batches: batches a round on which the two subnetworks are compared; d is the mean over them.
-    schedule, start_keep, schedule_steps: "cubic" lowers the keep ratio from `start_keep` (1 if None) at step
-        0 to each group's own at step `schedule_steps` (schedules.py).
+    schedule, start_keep, schedule_steps: the keep ratio, from `start_keep` (1 if None) to each group's (schedules.py).
     seed: of the one generator that draws the masks.
 
     Raises UserError: a value out of range, a pattern without effect, a group of fewer than `min_units` units.
@@ -85,10 +87,8 @@ class Structure:
         require(paired_batches >= 1, "paired_batches", paired_batches, "be at least 1")
         require(min_units >= 1, "min_units", min_units, "be at least 1")
         if width_steps and max(width_steps.values()) > 1:
-            constant = sampler == "fixed" and budget == "per_group"
-            require(
-                constant, "multiple_of", max(width_steps.values()), "be 1 unless sampler is fixed, budget per_group"
-            )
+            rule = "be 1 unless sampler is fixed, budget per_group"
+            require(sampler == "fixed" and budget == "per_group", "multiple_of", max(width_steps.values()), rule)
         self._budgets = group_budgets(
             groups,
             keep,
@@ -110,16 +110,14 @@ class Structure:
         self.paired_batches = paired_batches
         self._generator = torch.Generator("cpu").manual_seed(seed)
 
-        self._flat = torch.empty(
-            sum(group.units for group in self._budgets.values()), dtype=torch.float32, device="cpu"
-        )
+        units = sum(group.units for group in self._budgets.values())
+        self._flat = torch.empty(units, dtype=torch.float32, device="cpu")
         self.s = self._by_name(self._flat)
         for name, s in self.s.items():
             s.fill_(self._allowance(name) / s.numel())
         self._scores = torch.zeros_like(self._flat)
         self._explore = 0.0  # 0: no scores were given
-        # Masks m and m′, (2, n). All False: none drawn yet.
-        self._pair = torch.zeros(2, self._flat.numel(), dtype=torch.bool, device="cpu")
+        self._drawn = Drawn(units)
         self._adam = torch.optim.Adam([self._flat], lr=lr)
         # Made here and not by the first step, so that state_dict always has the same keys.
         self._moments: dict[str, Tensor] = {
@@ -146,10 +144,9 @@ class Structure:
         return not self.names or (self.sampler == "fixed" and self.budget == "per_group" and settled)
 
     def set_step(self, step: int) -> None:
-        """Moves the schedule to optimizer step `step`; if that changes a budget, s is made to fit it.
+        """Moves the schedule to optimizer step `step`; if that changes a budget, s is made to fit it, by projection.
 
-        By projection; or, after `start_from`, from the scores anew: a projection would leave all units alike that were
-        nearly certain under the larger budget.
+        After `start_from`, from the scores anew: a projection would leave all units alike that were nearly certain.
         """
         before = [self._allowance(name) for name in self.names]
         self.step = step
@@ -167,14 +164,15 @@ class Structure:
         self._explore = explore
         self._fit()
 
-    def pair(self) -> tuple[Kept, Kept]:
+    def pair(self) -> tuple[Kept, ...]:
         """Draws m and m′ from s, independently, and remembers both for `update`."""
-        self._pair = torch.stack([self._draw(), self._draw()])
-        return self._kept(self._pair[0]), self._kept(self._pair[1])
+        self._drawn.clear()
+        return tuple(self._fill(2))
 
-    def draw(self) -> Kept:
-        """One more sample. It does not replace the remembered pair, but moves the generator on."""
-        return self._kept(self._draw())
+    def follow(self) -> tuple[Kept, ...]:
+        """m, m′ and the mask after them, of which the next call makes its m and m′: only one is drawn, from s now."""
+        self._drawn.step()
+        return tuple(self._fill(AHEAD))
 
     def update(self, d: float) -> None:
         """Moves s down the gradient that the last pair estimates, and back into its budget.
@@ -186,33 +184,31 @@ class Structure:
             raise UserError(f"loss difference of the paired subnetworks ({d}) must be finite")
         if not self.names:
             return
-        if not self._pair.any():
+        if self._drawn.count < 2:
             raise RuntimeError("update() needs the masks of a pair(): draw one first")
-        estimate = rloo if self.estimator == "rloo" else vr_pge
-        self._flat.grad = estimate(self._flat, self._pair[0], self._pair[1], d, self.alpha)
+        (s, m), (s2, m2), *_ = self._drawn
+        self._flat.grad = ESTIMATORS[self.estimator](s, m, s2, m2, d, self.alpha)
         self._adam.step()
         self._project()
+
+    def draw(self) -> Kept:
+        """One more sample. It replaces none that is remembered, but moves the generator on."""
+        return self._kept(self._draw())
 
     def top(self) -> Kept:
         """The units of largest s, as many as the keep ratios of this step allow.
 
-        per_group: the width of each group. global: round(sum of keep * units) of
-        all, but `min_units` of each group at least. Of equal s the lower index comes first, across groups
-        relative to their size, so that an untrained s gives each group its share.
+        per_group: the width of each group. global: round(sum of keep * units) of all, but `min_units` of each group at
+        least. How equal s are ranked: ranking.py.
         """
-        mask = torch.zeros_like(self._flat, dtype=torch.bool)
-        for name, part in self._by_name(mask).items():
-            width = self._width(name) if self.budget == "per_group" else self._budgets[name].least
-            part[self.s[name].argsort(descending=True, stable=True)[:width]] = True
-        if self.budget == "global":
-            place = torch.empty_like(self._flat)
-            for part in self._by_name(place).values():
-                part.copy_(torch.linspace(0, 1, part.numel(), device="cpu"))
-            rest = place.argsort(stable=True)
-            rest = rest[~mask[rest]]
-            missing = max(round(self._total()) - int(mask.sum()), 0)
-            mask[rest[self._flat[rest].argsort(descending=True, stable=True)[:missing]]] = True
-        return self._kept(mask)
+        if not self.names:
+            return {}
+        if self.budget == "per_group":
+            masks = {name: largest(s, self._width(name)) for name, s in self.s.items()}
+        else:
+            least = {name: group.least for name, group in self._budgets.items()}
+            masks = largest_of_all(self.s, least, round(self._total()))
+        return self._kept(torch.cat(list(masks.values())))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of all that changes, as plain tensors: `load_state_dict` continues from them bit for bit."""
@@ -222,7 +218,7 @@ class Structure:
             "scores": self._scores.clone(),
             "explore": torch.tensor(self._explore, dtype=torch.float64, device="cpu"),
             "step": torch.tensor(self.step, device="cpu"),
-            "pair": self._pair.clone(),  # (2, n) bool
+            **{f"drawn.{key}": value for key, value in self._drawn.state_dict().items()},
             "units": torch.tensor([len(s) for s in self.s.values()], dtype=torch.long, device="cpu"),  # of each group
             "generator": self._generator.get_state(),  # uint8
         }
@@ -242,7 +238,7 @@ class Structure:
             value.copy_(state[f"adam.{key}"])
         self._scores, self._explore = state["scores"].clone(), float(state["explore"])
         self.step = int(state["step"])
-        self._pair = state["pair"].clone()
+        self._drawn.load_state_dict({key: state[f"drawn.{key}"] for key in self._drawn.state_dict()})
         self._generator.set_state(state["generator"])
 
     def _allowance(self, name: str) -> float:
@@ -278,6 +274,12 @@ class Structure:
         for name, s in self.s.items():
             yield slice(start, start + len(s)), self._allowance(name)
             start += len(s)
+
+    def _fill(self, count: int) -> list[Kept]:
+        """Draws until so many masks are remembered."""
+        while self._drawn.count < count:
+            self._drawn.push(self._draw(), self._flat)
+        return [self._kept(mask) for _, mask in self._drawn]
 
     def _draw(self) -> Tensor:  # (n,) bool
         mask = torch.zeros_like(self._flat, dtype=torch.bool)
