@@ -1,14 +1,14 @@
 """The public object: owns the rounds. Between two samplings it is a small model with an optimizer, nothing more."""
 
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from offload_trainer.agenda import Agenda, Reference
 from offload_trainer.device import memory, ranks
 from offload_trainer.device.processes import require_supported
 from offload_trainer.device.subnet import TrainedSubnet
@@ -18,9 +18,10 @@ from offload_trainer.groups import Groups, Plan
 from offload_trainer.master import Master, StateLayout, probe_optimizer
 from offload_trainer.master.interrupts import undivided
 from offload_trainer.master.precision import FP32, Precision
-from offload_trainer.rounds import Boundary, Round, RoundReport, Spent
+from offload_trainer.rounds import Boundary, Round, RoundReport, Spent, Transfers
 from offload_trainer.structure import Structure
 
+BROKEN = "a write-back was broken off: the master is not that of any step"
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 
@@ -36,6 +37,9 @@ class Offloader:
         round and saves their host memory.
     clip_norm: gradients are scaled down to this norm; None: never.
     compile: `torch.compile` the subnet; needs plans of constant widths.
+    reference: what a subnet is compared with: the one trained "next", or a "fresh" one (agenda.py).
+    overlap: write back and gather in the background while a round trains; the results are the same, bit for bit. Needs
+        reference "next" and plans of constant widths; a round where one is missing goes without.
     precision: types in which the master stores large tensors. The subnet and the export stay of the types `model` came
         in; a write-back to bfloat16 rounds at random, by the seed in it, so that the expected value is exact.
 
@@ -58,6 +62,8 @@ class Offloader:
         compile: bool = False,
         materialise: Callable[[nn.Module], None] | None = None,
         precision: Precision = FP32,
+        reference: Reference = "next",
+        overlap: bool = True,
     ):
         self.accelerator = accelerator or Accelerator()
         require_supported(self.accelerator)
@@ -76,16 +82,16 @@ class Offloader:
         layout = probe_optimizer(optimizer, dtype, self.device) if carry else StateLayout({}, {}, None)
         self.steps = 0  # optimizer steps taken
         self.rounds = 0  # finished, that is, written back
-        self.settled = False
-        self._informed = False  # s started from importance, so the first plan is known
+        self.agenda = Agenda(groups, structure, reference)
         self.report, self.spent = RoundReport(), Spent()
         self._closed = False
         self._round: Round | None = None  # None between two rounds
         pin, sampled = self.device.type == "cuda", groups.sliced_by(structure.names)
         self._master = Master(model, layout, materialise=materialise, pin=pin, precision=precision)
         self._bench = Workbench(
-            self._master, self.device, optimizer, layout, sampled=sampled, carry=carry, compile=compile
+            self._master, self.device, optimizer, layout, sampled=sampled, carry=carry, compile=compile, overlap=overlap
         )
+        self._transfers = Transfers(self._bench.transfer.work, self.spent)
         self._boundary: Boundary | None = self._make_boundary()
 
     # What a training loop calls
@@ -93,7 +99,7 @@ class Offloader:
     def loss(self, batch: Any) -> Tensor:
         """Loss of the subnet on a batch; on the round's paired batches the reference is evaluated as well."""
         running = self._running()
-        paired = self._bench.has_reference and len(running.differences) < self.structure.paired_batches
+        paired = running.paired and len(running.differences) < self.structure.paired_batches
         if paired:
             with self.spent.on("reference"), self.accelerator.autocast():
                 against = self._bench.reference_loss(self.loss_fn, batch)
@@ -118,7 +124,7 @@ class Offloader:
         subnet.optimizer.zero_grad()
         self.steps += 1
         running.steps += 1
-        if running.steps == self.sync_every:
+        if running.steps >= self.sync_every:
             self._end_round(running)
 
     def begin_round(self) -> None:
@@ -129,27 +135,28 @@ class Offloader:
         """End the running round now, however few steps it had; afterwards the master is complete."""
         if self._round is not None and self._round.steps:
             self._end_round(self._round)
+        self._bench.pipeline.wait()
 
     @property
     def between_rounds(self) -> bool:
-        """Whether no round is running: the master is complete."""
+        """Whether no round is running."""
         return self._round is None
 
     def settle(self) -> None:
         """From the next round on train the units of the largest s only, and leave s as it is."""
-        self.settled = True
+        self.agenda.settled = True
 
     def export(self, plan: Plan | None = None) -> nn.Module:
         """A small dense module on the CPU: the sliced module of `plan`, by default of the largest s."""
         self.finish_round()
-        return self._master.sliced(plan or self.top_plan(), self.groups)
+        return self._master.sliced(plan or self.agenda.top(), self.groups)
 
     def start_from(self, scores: Mapping[str, Tensor], explore: float) -> None:
         """Begin the run with s by importance (see `Structure.start_from`); the first round trains the top plan."""
         if self.steps or self._round is not None:
             raise RuntimeError("start_from() belongs before the first round")
         self.structure.start_from(scores, explore)
-        self._informed = True
+        self.agenda.starts_from_top = True
         self._boundary = self._make_boundary()
 
     def __enter__(self) -> "Offloader":
@@ -167,16 +174,19 @@ class Offloader:
     @property
     def master(self) -> Mapping[str, Tensor]:
         """Parameter and buffer names → full-size tensor views, host, in the types they are stored in."""
+        self._bench.pipeline.wait()
         return self._master.tensors
 
     @property
     def moments(self) -> Mapping[str, Mapping[str, Tensor]]:
         """The optimizer's names (`exp_avg`) → parameter names → full-size tensor views, host."""
+        self._bench.pipeline.wait()
         return self._master.moments
 
     @property
     def model(self) -> nn.Module:
         """The full model; its tensors are the master's."""
+        self._bench.pipeline.wait()
         return self._master.model
 
     @property
@@ -196,13 +206,14 @@ class Offloader:
 
     def top_plan(self) -> Plan:
         """The units of the largest s; all of them where no group is sampled."""
-        return Plan(self.groups, self.structure.top())
+        return self.agenda.top()
 
     def measured(self) -> dict[str, Any]:
         """Numbers of the running round and of the last finished one, for a log."""
         return {
+            "round": self.rounds if self._round is not None else max(0, self.rounds - 1),
             "keep": self.structure.keep,
-            **asdict(self.report),
+            **self.report.as_dict(),
             "transfer_share": self.spent.share(),
             "host_bytes": memory.host_bytes(),
             "device_bytes": memory.device_bytes(self.device) or self._bench.nbytes,
@@ -215,14 +226,15 @@ class Offloader:
 
         Raises `RuntimeError` if a write-back was broken off: the master is then between two rounds for good.
         """
-        if self._boundary is None:
-            raise RuntimeError("a write-back was broken off: the master is not that of any step")
+        self._bench.pipeline.drain()
+        if self._boundary is None or self._bench.broken:
+            raise RuntimeError(BROKEN)
         return self._boundary
 
     def load_boundary(self, boundary: Boundary) -> None:
         """Go on from a boundary; the master and its moments must hold what they held then."""
         numbers = boundary.numbers
-        self.steps, self.rounds, self.settled = numbers["steps"], numbers["rounds"], numbers["settled"]
+        self.steps, self.rounds, self.agenda.settled = numbers["steps"], numbers["rounds"], numbers["settled"]
         self.report = RoundReport(**numbers["report"])
         self._bench.clear()
         self._bench.clock, self._bench.trained = numbers["clock"], numbers["trained"]
@@ -235,7 +247,7 @@ class Offloader:
         numbers = {
             "steps": self.steps,
             "rounds": self.rounds,
-            "settled": self.settled,
+            "settled": self.agenda.settled,
             "clock": self._bench.clock,
             "trained": self._bench.trained,
             "scalars": {name: dict(scalars) for name, scalars in self._master.scalars.items()},
@@ -255,21 +267,11 @@ class Offloader:
         return self._bench.subnet
 
     def _begin_round(self) -> Round:
-        self.structure.set_step(self.steps)
-        reference = None
-        if self.settled or (self._informed and not self.rounds):
-            plan = self.top_plan()
-        else:
-            kept, other = self.structure.pair()
-            plan, reference = Plan(self.groups, kept), Plan(self.groups, other) if other else None
-        ranks.require_same(self.accelerator, f"the plan of round {self.rounds}", plan.digest)
-        start, moved = time.perf_counter(), self._bench.bytes_moved
+        entry = self.agenda.begin(self.steps, self.rounds)
+        ranks.require_same(self.accelerator, f"the plan of round {self.rounds}", entry.plan.digest)
         with self.spent.on("gather"):
-            self._bench.take(plan, self.steps)
-            self._bench.take_reference(reference)
-        self.report = replace(self.report, round=self.rounds, gather_ms=1e3 * (time.perf_counter() - start))
-        self.report.bytes_moved = self._bench.bytes_moved - moved
-        self._round = Round()
+            self._bench.begin(entry.plan, entry.reference, entry.following, self.steps)
+        self._round = Round(paired=entry.reference is not None)
         return self._round
 
     def _end_round(self, running: Round) -> None:
@@ -283,15 +285,15 @@ class Offloader:
         except UserError:
             self.load_boundary(self.boundary())  # as if the round had never begun
             raise
+        with self.spent.on("writeback"):
+            self._bench.pipeline.wait()  # for the round before, and for what was gathered meanwhile
+            self.boundary()
         with undivided():  # an interrupt waits: half a write-back would be no state at all
             self._boundary = None
-            start, moved = time.perf_counter(), self._bench.bytes_moved
             with self.spent.on("writeback"):
                 ranks.average_buffers(self.accelerator, self._bench.subnet.module)
-                self.report.delta_norm = self._bench.write_back(running.steps, self.rounds)
-            self.report.writeback_ms = 1e3 * (time.perf_counter() - start)
-            self.report.bytes_moved += self._bench.bytes_moved - moved
-            self.report.difference = difference
+                self._bench.end(running.steps, self.rounds)
+            self.report = self._transfers.report(self._bench.delta_norm, difference)
             if difference is not None:
                 self.structure.update(difference)
             self._bench.subnet.optimizer.zero_grad()  # of a batch that was never followed by a step

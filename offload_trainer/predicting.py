@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from offload_trainer.device import footprint, memory
+from offload_trainer.device.elements import CHUNK
 from offload_trainer.device.footprint import Footprint, OptimizerCost
-from offload_trainer.device.transfer import CHUNK
 from offload_trainer.errors import UserError
 from offload_trainer.groups import Groups, Plan
 from offload_trainer.groups.slicing import named_tensors
@@ -64,21 +64,34 @@ class Predictor:
     """Subnets on the device at once while the result is chosen."""
     varying: bool = False
     """Whether widths differ from round to round."""
+    overlap: bool = False
+    """Whether transfers go on while a round trains."""
+    follows: bool = False
+    """Whether the reference is the subnet that is trained next."""
     checkpoints: int = 1
     """Those on disk at once."""
     exports_full: bool = False
     """Whether the full master is exported too."""
 
-    def ledger(self, plan: Plan, *, reference: bool) -> Ledger:
-        """Of a run whose plans are as large as `plan`. `reference`: a second subnet is held for the paired batches."""
-        sizes = Sizes(self.model, self.layout, self.precision, plan)
-        host, held = self._host(sizes), self._held(sizes, reference)
+    def ledger(self, plan: Plan, *, reference: bool, sampled: frozenset[str]) -> Ledger:
+        """Of a run whose plans are as large as `plan`.
+
+        reference: a second subnet is held for the paired batches. sampled: the tensors that some plan slices.
+        """
+        sizes = Sizes(self.model, self.layout, self.precision, plan, sampled)
+        ahead = reference and self.overlap and self.follows and not self.varying
+        host, held = self._host(sizes, ahead), self._held(sizes, reference)
         small = held | {"exported subnet": self.candidates * sizes.weights}
         moved = host | _if_any({"subnet in transit": 0 if self._on_host else sizes.weights})
         validation = self._validation(plan)
         phases = [
             *self._before_training(host),
             *self._training(sizes, host, held),
+            *(
+                [Phase("swap", host, held | _if_any({"arriving": sizes.arriving(on_host=self._on_host)}))]
+                if ahead
+                else []
+            ),
             Phase("subnet evaluated", moved, small | {"activations": validation.peak}),
             Phase("master evaluated", host, small | self._passing | {"activations": self._full_validation.peak}),
             Phase("checkpoint", host, held),
@@ -86,7 +99,9 @@ class Predictor:
         ]
         disk = {"checkpoints": self.checkpoints * sum(self._master.values()), "export": sizes.weights}
         disk |= {"full master": self._master["weights"]} if self.exports_full else {}
-        return Ledger(tuple(phases), disk, sizes.link(reference), self._on_host, tuple(dict.fromkeys(self._failures)))
+        return Ledger(
+            tuple(phases), disk, sizes.link(reference, ahead), self._on_host, tuple(dict.fromkeys(self._failures))
+        )
 
     def savings(self) -> dict[str, int]:
         """What each option (config key and value) would save of the master's slabs, in bytes; 0 is left out."""
@@ -160,11 +175,11 @@ class Predictor:
 
     # What is held all through training
 
-    def _host(self, sizes: Sizes) -> dict[str, int]:
-        staging = 0 if self._on_host else sizes.staging
+    def _host(self, sizes: Sizes, ahead: bool) -> dict[str, int]:
+        staging = sizes.staging(overlap=self.overlap, ahead=ahead, on_host=self._on_host)
         master = {f"master {kind}": size for kind, size in self._master.items()}
         held = {"process": self.process - self._built, **master, "transfer scratch": 3 * CHUNK}
-        return held | _if_any({"staging (pinned)": staging})
+        return held | _if_any({"staging" if self._on_host else "staging (pinned)": staging})
 
     def _held(self, sizes: Sizes, reference: bool) -> dict[str, int]:
         batch = sum(leaf.nbytes for leaf in tree_leaves(self.batch) if isinstance(leaf, Tensor))

@@ -136,6 +136,8 @@ def make_predictor(
         calibration=structure.start == "importance" and checkpoint is None,
         candidates=2 if structure.result == "best_of" else 1,
         varying=structure.sampler == "bernoulli" or structure.budget == "global",
+        overlap=config.memory.overlap,
+        follows=structure.reference == "next",
         # A new one is written before the oldest is removed.
         checkpoints=min(keep_last + 1, config.steps // every + 1 if every else 1),
         exports_full=config.export.full,
@@ -149,7 +151,8 @@ def decide_keep(config: Config, accelerator: Accelerator, groups: Groups, predic
     def ledger_at(keep: float) -> Ledger:
         structure = make_structure(with_keep(config, keep), groups)
         reference = bool(structure.names) and section.settle < 1
-        return predictor.ledger(Plan(groups, structure.top()), reference=reference)
+        sampled = groups.sliced_by(structure.names)
+        return predictor.ledger(Plan(groups, structure.top()), reference=reference, sampled=sampled)
 
     asked = config.memory.device
     size = None if asked in (None, "auto") else size_in_bytes(asked)
@@ -275,4 +278,5 @@ def resumable(config: Config) -> dict[str, object]:
         "structure.groups": structure.groups,
         "structure.multiple_of": structure.multiple_of,
         "structure.start": structure.start,
+        "structure.reference": structure.reference,
     }

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from offload_trainer.device import ranks
+from offload_trainer.device.transfer import Work
 from offload_trainer.errors import UserError
 
 
@@ -18,6 +19,8 @@ from offload_trainer.errors import UserError
 class Round:
     """A round under way: its steps so far, and what they showed (numbers that may still be on the device)."""
 
+    paired: bool
+    """Whether there is a reference to compare with."""
     steps: int = 0
     losses: list[Tensor] = field(default_factory=list)
     differences: list[Tensor] = field(default_factory=list)
@@ -49,33 +52,80 @@ class Boundary:
     """States of the generators that dropout draws from."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class RoundReport:
-    """How the running round (or the last, if none is) began, and how the last finished one ended."""
+    """The last finished round, and the transfers between the end of the one before and its own."""
 
-    round: int = 0
     gather_ms: float = 0.0
+    """The host's part, as `writeback_ms`; in the background where rounds overlap."""
     writeback_ms: float = 0.0
-    delta_norm: float = 0.0
-    """Euclidean norm of what the finished round changed in the master."""
-    difference: float | None = None
-    """d of the finished round: mean over its paired batches of L(m) − L(m′); None when it had no pairs."""
+    link_ms: float = 0.0
+    """Between staging and device, both ways."""
+    waited_ms: float = 0.0
+    """Of all of it, and of moving entries on the device, what training waited for."""
     bytes_moved: int = 0
     """Gathered and written back."""
+    delta_norm: float = 0.0
+    """Euclidean norm of what the newest write-back that had ended changed in the master: that of the finished round, or
+    where rounds overlap of the one before."""
+    difference: float | None = None
+    """d of the finished round: mean over its paired batches of L(m) − L(m′); None when it had no pairs."""
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Of all transfers, wherever they ran; 0 where there were none."""
+        took = self.gather_ms + self.writeback_ms + self.link_ms
+        return 1e3 * self.bytes_moved / took if took else 0.0
+
+    @property
+    def overlapped(self) -> float:
+        """Share of the transfers' time that training did not wait for."""
+        took = self.gather_ms + self.writeback_ms + self.link_ms
+        return max(0.0, 1 - self.waited_ms / took) if took else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "bytes_per_second": self.bytes_per_second, "overlapped": self.overlapped}
+
+
+class Transfers:
+    """Tells what transfers took from round to round."""
+
+    def __init__(self, work: Work, spent: "Spent"):
+        self._work, self._spent = work, spent
+        self._before, self._waited = replace(work), spent.waited
+
+    def report(self, delta_norm: float, difference: float | None) -> RoundReport:
+        """Of the round that just ended, for the first time."""
+        now, before, waited = replace(self._work), self._before, self._spent.waited - self._waited
+        self._before, self._waited = now, self._spent.waited
+        return RoundReport(
+            gather_ms=1e3 * (now.gather - before.gather),
+            writeback_ms=1e3 * (now.writeback - before.writeback),
+            link_ms=1e3 * (now.link - before.link),
+            waited_ms=1e3 * waited,
+            bytes_moved=now.nbytes - before.nbytes,
+            delta_norm=delta_norm,
+            difference=difference,
+        )
 
 
 @dataclass
 class Spent:
-    """Wall seconds since the start, by what they went into."""
+    """Wall seconds since the start of what was not training, by what they went into."""
 
     gather: float = 0.0
     writeback: float = 0.0
     reference: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 
+    @property
+    def waited(self) -> float:
+        """For transfers."""
+        return self.gather + self.writeback
+
     def share(self) -> float:
-        """Of all the time so far, the part that went into transfers."""
-        return (self.gather + self.writeback) / max(1e-9, time.perf_counter() - self.started)
+        """Of all the time so far, the part that training waited for transfers."""
+        return self.waited / max(1e-9, time.perf_counter() - self.started)
 
     @contextmanager
     def on(self, what: str):

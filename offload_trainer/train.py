@@ -54,6 +54,8 @@ def train(config: Config) -> None:
             state=config.optimizer.state,
             clip_norm=config.optimizer.clip_norm,
             compile=config.memory.compile,
+            reference=config.structure.reference,
+            overlap=config.memory.overlap,
             materialise=task.materialise,
         ) as offloader,
         Monitor(

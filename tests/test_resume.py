@@ -39,7 +39,7 @@ def test_resume_equals_uninterrupted(tmp_path: Path, case: str, settled: bool) -
     torch.manual_seed(99)  # nothing of the new process may matter
     with offloader(network(seed=7), sync_every=5, **CASES[case]) as resumed:
         snapshot.restore(resumed, find_checkpoint(tmp_path))
-        assert (resumed.steps, resumed.rounds, resumed.settled) == (15, 3, settled)
+        assert (resumed.steps, resumed.rounds, resumed.agenda.settled) == (15, 3, settled)
         assert run(resumed, batches[15:]) == expected
     for name, tensor in whole.master.items():
         assert torch.equal(tensor, resumed.master[name]), name
@@ -84,24 +84,28 @@ def test_a_checkpoint_within_a_round_is_of_its_beginning(tmp_path: Path, steps: 
 
 def test_an_interrupt_within_a_write_back_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with offloader(network(), sync_every=5) as trainer:
-        write_back = trainer._bench.write_back
+        end = trainer._bench.end
 
-        def interrupted(steps: int, round: int) -> float:
+        def interrupted(steps: int, round: int) -> None:
             signal.raise_signal(signal.SIGINT)
-            return write_back(steps, round)
+            end(steps, round)
 
-        monkeypatch.setattr(trainer._bench, "write_back", interrupted)
+        monkeypatch.setattr(trainer._bench, "end", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(trainer, data(5))
         assert (trainer.steps, trainer.rounds) == (5, 1)
         assert trainer.boundary().numbers["steps"] == 5
 
 
-def test_a_broken_write_back_makes_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with offloader(network(), sync_every=5) as trainer:
-        monkeypatch.setattr(trainer._bench, "write_back", lambda steps, round: 1 / 0)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_broken_write_back_makes_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool
+) -> None:
+    with offloader(network(), sync_every=5, overlap=overlap) as trainer:
+        monkeypatch.setattr(trainer._bench.transfer, "merge", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(trainer, data(5))
+            trainer.finish_round()
         with pytest.raises(RuntimeError, match="broken off"):
             snapshot.save(trainer, CheckpointStore(tmp_path))
         trainer._round = None

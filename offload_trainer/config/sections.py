@@ -48,6 +48,9 @@ class StructureConfig(Section):
     """Training batches on which importance is measured."""
     lr: Annotated[float, Field(ge=0)] = 12e-3
     """Adam's learning rate for s; 0: s stays as it starts."""
+    reference: Literal["next", "fresh"] = "next"
+    """What a subnet is compared with: the one that is trained next (drawn two rounds ahead), or one drawn for this
+    alone, so that rounds cannot overlap."""
     paired_batches: Count = 4
     """Batches at the start of a round on which a second subnet is compared, at most sync_every (which is the paper)."""
     schedule: Literal["constant", "cubic"] = "constant"
@@ -144,6 +147,9 @@ class MemoryConfig(Section):
     """Type of the master's moments, in the same way."""
     autocast: Literal["no", "bf16"] = "no"
     """bf16: forward and backward in bfloat16, weights stay in their own type."""
+    overlap: bool = True
+    """Write back and gather in the background while a round trains, with the same results; widths must be fixed and
+    structure.reference next. Takes host memory for two subnets with their moments."""
     compile: bool = False
     """torch.compile the subnet (once: fixed widths only)."""
 

@@ -1,228 +1,154 @@
-"""Gather (master → subnet) and write-back (subnet → master) of the elements a plan keeps.
+"""Gather (master → device) and write-back (device → master) of what a plan keeps, each in two steps.
 
-On the host a chosen row is copied whole into a small buffer, and its columns are taken from there: both stay in cache.
-When the device is not the host, everything passes through staging slabs laid out as the device's, so each direction
-is one copy per dtype.
+The host's step moves elements between the master and staging, slabs of the master's types that are laid out as the
+device's; it may go on in the background. The link's step moves staging and the device's slabs into each other, one copy
+a slab; it is where types change, so a narrow master means fewer bytes on the link. On a CPU a slab is its own staging
+where types agree and nothing overlaps.
 
-Where the master is narrower than what the device computes in, gather widens and write-back rounds at random
-(master/precision.py), piece by piece. Staging is then of the master's type, and types change on the device: half the
-bytes cross the link and are pinned, and the host, which has the columns to pick, does not round as well.
+A write-back to a narrower master rounds at random (master/precision.py) and leaves on the device what it rounded to:
+between rounds the device holds what the master holds.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 from torch import Tensor
 
+from offload_trainer.device.elements import distance, gather_into, scatter_from
 from offload_trainer.groups.plan import Plan
 from offload_trainer.master.precision import Rounding
 from offload_trainer.master.slab import Slab
 
-CHUNK = 2**21
-"""Bytes of whole rows gathered at a time before their columns are taken; also of a piece whose type changes."""
 LINK_CHUNK = 2**21
-"""Elements whose type changes on the device at a time: up to 20 bytes of scratch each, there."""
+"""Elements whose type changes at a time: up to 20 bytes of scratch each, on the device."""
 
-Index = tuple[Tensor | None, ...]
-
-
-def gather_into(out: Tensor, full: Tensor, index: Index) -> None:
-    """out ← the elements of `full` at the kept indices of every axis (None: all)."""
-    axes = [axis for axis, kept in enumerate(index) if kept is not None]
-    if not axes:
-        out.copy_(full)
-    elif out.dtype != full.dtype:
-        for piece, part, places in _pieces(out, full, index):
-            narrow = torch.empty_like(piece, dtype=full.dtype)
-            gather_into(narrow, part, places)
-            piece.copy_(narrow)
-    elif axes == [full.ndim - 1] and full.ndim > 1 and full.element_size() < 4:
-        # Columns of numbers this short: index_select is 2½ times slower than a gather that stays in cache.
-        step = max(1, CHUNK // (full[0].numel() * full.element_size()))
-        for part, rows in zip(out.split(step), full.split(step), strict=True):
-            torch.gather(rows, axes[0], _expanded(index[axes[0]], axes[0], rows), out=part)
-    elif len(axes) == 1:
-        torch.index_select(full, axes[0], index[axes[0]], out=out)  # type: ignore[arg-type]
-    else:
-        for rows, part in _row_chunks(full, index, axes[0]):
-            block = full.index_select(axes[0], rows)
-            for axis in axes[1:-1]:
-                block = block.index_select(axis, index[axis])  # type: ignore[arg-type]
-            columns = _expanded(index[axes[-1]], axes[-1], block)
-            target = out.narrow(axes[0], part, len(rows))
-            if target.is_contiguous():
-                torch.gather(block, axes[-1], columns, out=target)
-            else:
-                target.copy_(torch.gather(block, axes[-1], columns))
+Layout = tuple[torch.dtype, torch.dtype, Mapping[str, torch.Size]]
+"""Of a slab: the type computed in, the type stored in the master, and the shapes by name."""
 
 
-def scatter_from(
-    values: Tensor, full: Tensor, index: Index, *, delta: bool = False, rounding: Rounding | None = None
-) -> float:
-    """The elements of `full` at the kept indices ← values; all others stay bit for bit as they are.
-
-    With `delta`, returns Σ (new − old)² over a floating-point tensor's kept elements; 0 otherwise. `rounding` is how
-    float32 values (a contiguous view of a slab) become those of a narrower `full`; new are the values before it.
-    """
-    delta = delta and full.dtype.is_floating_point
-    if values.dtype == full.dtype:
-        return _scatter(values, full, index, values if delta else None)
-    assert rounding is not None
-    squared = 0.0
-    for piece, part, places in _pieces(values, full, index):
-        rounded = rounding.narrow(piece, int(piece.storage_offset()))  # its place in the slab
-        squared += _scatter(rounded, part, places, piece if delta else None)
-    return squared
+def layouts(entries: Mapping[str, tuple[torch.dtype, torch.Size]], stored: Mapping[str, torch.dtype]) -> list[Layout]:
+    """One for each type and, of it, each stored type: so a slab crosses the link as a whole."""
+    table: dict[tuple[torch.dtype, torch.dtype], dict[str, torch.Size]] = {}
+    for name, (dtype, shape) in entries.items():
+        table.setdefault((dtype, stored[name]), {})[name] = shape
+    return [(*types, shapes) for types, shapes in table.items()]
 
 
-def _scatter(values: Tensor, full: Tensor, index: Index, exact: Tensor | None) -> float:
-    """`scatter_from` within one type; returns the squared distance of `exact`, where given, from the old values."""
-    axes = [axis for axis, kept in enumerate(index) if kept is not None]
-    squared = 0.0
-    if not axes:
-        squared = 0.0 if exact is None else _distance(exact, full)
-        full.copy_(values)
-    elif len(axes) == 1:
-        kept = index[axes[0]]
-        assert kept is not None
-        squared = 0.0 if exact is None else _distance(exact, full.index_select(axes[0], kept))
-        full.index_copy_(axes[0], kept, values)
-    elif len(axes) > 2:
-        places = torch.meshgrid(*[_all(k, n) for k, n in zip(index, full.shape, strict=True)], indexing="ij")
-        squared = 0.0 if exact is None else _distance(exact, full[places])
-        full[places] = values
-    else:
-        for rows, part in _row_chunks(full, index, axes[0]):
-            block = full.index_select(axes[0], rows)
-            new = values.narrow(axes[0], part, len(rows))
-            columns = _expanded(index[axes[1]], axes[1], new)
-            if exact is not None:
-                old = torch.gather(block, axes[1], columns)
-                squared += _distance(exact.narrow(axes[0], part, len(rows)), old)
-            block.scatter_(axes[1], columns, new)
-            full.index_copy_(axes[0], rows, block)
-    return squared
+def limited(kinds: Iterable[Layout], names: Container[str]) -> list[Layout]:
+    """The same slabs, of tensors of these names only."""
+    return [
+        (dtype, stored, {name: shape for name, shape in shapes.items() if name in names})
+        for dtype, stored, shapes in kinds
+    ]
 
 
-def _pieces(small: Tensor, full: Tensor, index: Index) -> Iterator[tuple[Tensor, Tensor, Index]]:
-    """Contiguous pieces of at most CHUNK bytes of a contiguous `small`, each with what it is indexed from and how."""
-    first, *others = index
-    row = max(1, small[0].numel()) * small.element_size()
-    if row > CHUNK and others:
-        for i in range(len(small)):
-            yield from _pieces(small[i], full[i if first is None else int(first[i])], tuple(others))
-        return
-    step = max(1, CHUNK // row)
-    for start in range(0, len(small), step):
-        rows = slice(start, start + step)
-        if first is None:
-            yield small[rows], full[rows], index
-        else:
-            yield small[rows], full, (first[rows], *others)
+@dataclass
+class Work:
+    """What transfers took so far."""
 
-
-def _distance(new: Tensor, old: Tensor) -> float:
-    """Σ (new − old)², in float32 at least."""
-    wide = torch.promote_types(torch.promote_types(new.dtype, old.dtype), torch.float32)
-    return float(torch.linalg.vector_norm(new.to(wide) - old.to(wide))) ** 2
-
-
-def _all(kept: Tensor | None, size: int) -> Tensor:
-    return torch.arange(size) if kept is None else kept
-
-
-def _row_chunks(full: Tensor, index: Index, axis: int):
-    rows = index[axis]
-    assert rows is not None
-    row_bytes = max(1, full.numel() // max(1, full.shape[axis]) * full.element_size())
-    step = max(1, CHUNK // row_bytes)
-    for start in range(0, len(rows), step):
-        yield rows[start : start + step], start
-
-
-def _expanded(columns: Tensor | None, axis: int, block: Tensor) -> Tensor:
-    """Column indices seen as an index of the block's shape (stride 0: no memory)."""
-    assert columns is not None
-    shape = [1] * block.ndim
-    shape[axis] = -1
-    size = list(block.shape)
-    size[axis] = len(columns)
-    return columns.view(shape).expand(size)
+    gather: float = 0.0
+    """Seconds of the host's steps; they may have been spent in the background."""
+    writeback: float = 0.0
+    link: float = 0.0
+    """Seconds of the link's steps, both ways."""
+    nbytes: int = 0
+    """Gathered and written back, in the master's types."""
 
 
 class Transfer:
-    """Moves whole slabs' worth of tensors between the master and one device."""
+    """Between a master and one device.
 
-    def __init__(self, device: torch.device):
-        self._staged = device.type != "cpu"
+    Where transfers overlap, `use` tells stagings of one layout apart, which then hold something at the same time.
+    """
+
+    def __init__(self, device: torch.device, *, overlap: bool = False):
+        self._device, self._apart = device, overlap or device.type != "cpu"
         self._staging: dict[tuple, Slab] = {}
-        self.bytes_moved = 0
-        """Over the link (or, on a CPU, in and out of the master) since the start."""
+        self.work = Work()
 
     @property
     def staging_bytes(self) -> int:
         return sum(slab.nbytes for slab in self._staging.values())
 
-    def gather(self, master: Mapping[str, Tensor], slab: Slab, plan: Plan) -> None:
-        """Fill a slab on the device with what the plan keeps of the master, which is of one type for all its names."""
-        stored = _stored_type(master, slab)
-        target = self._staging_for(slab, stored) if self._staged else slab
-        for name in slab:
-            gather_into(target[name], master[name], plan.indices(name))
-        # The host waits here for the link: staging is reused at once.
-        if target is not slab and stored == slab.flat.dtype:
-            slab.flat.copy_(target.flat)
-        elif target is not slab:
-            for there, here in zip(slab.flat.split(LINK_CHUNK), target.flat.split(LINK_CHUNK), strict=True):
-                there.copy_(here.to(there.device))
-        self.bytes_moved += slab.flat.numel() * stored.itemsize
+    def gather(self, full: Mapping[str, Tensor], staged: Iterable[Slab], plan: Plan) -> None:
+        """Staging ← what the plan keeps of the master."""
+        start = perf_counter()
+        for slab in staged:
+            for name in slab:
+                gather_into(slab[name], full[name], plan.indices(name))
+            self.work.nbytes += slab.nbytes
+        self.work.gather += perf_counter() - start
 
-    def write_back(
-        self,
-        slab: Slab,
-        master: Mapping[str, Tensor],
-        plan: Plan,
-        *,
-        delta: bool = False,
-        rounding: Rounding | None = None,
-    ) -> float:
-        """Put a device slab's values into the master. With `delta`, returns Σ (value now − value at gather)².
+    def load(self, staged: Iterable[Slab], slabs: Iterable[Slab]) -> None:
+        """Device ← staging. The host waits here for the link."""
+        start = perf_counter()
+        for source, target in zip(staged, slabs, strict=True):
+            if source.flat.dtype != target.flat.dtype:
+                for there, here in zip(target.flat.split(LINK_CHUNK), source.flat.split(LINK_CHUNK), strict=True):
+                    there.copy_(here.to(there.device))
+            elif source is not target:
+                target.flat.copy_(source.flat)
+        self.work.link += perf_counter() - start
 
-        `rounding` is needed where the master is narrower. What crossed the link then is rounded, and the sum an
-        unbiased estimate: that of the rounded values, less what rounding adds to it in expectation.
+    def arrived(self, staged: Slab, dtype: torch.dtype) -> Slab:
+        """Staging as a slab on the device, of the type computed in: a new one unless it is there already."""
+        if self._device.type == "cpu" and staged.flat.dtype == dtype:
+            return staged
+        new = Slab({name: view.shape for name, view in staged.items()}, dtype, self._device)
+        self.load([staged], [new])
+        return new
+
+    def unload(self, slabs: Iterable[Slab], staged: Iterable[Slab], rounding: Rounding) -> float:
+        """Staging ← device, rounded where the master is narrower. The host waits here for the round's last kernels.
+
+        Returns Σ (value − rounded value)².
         """
-        stored, source, squared = _stored_type(master, slab), slab, 0.0
-        if self._staged:
-            source = self._staging_for(slab, stored)
-            # The host waits here for the round's last kernels.
-            if stored == slab.flat.dtype:
-                source.flat.copy_(slab.flat)
-            else:
-                assert rounding is not None
-                for here, there in zip(source.flat.split(LINK_CHUNK), slab.flat.split(LINK_CHUNK), strict=True):
+        start, squared = perf_counter(), 0.0
+        for source, target in zip(slabs, staged, strict=True):
+            if source.flat.dtype != target.flat.dtype:
+                for here, there in zip(target.flat.split(LINK_CHUNK), source.flat.split(LINK_CHUNK), strict=True):
                     rounded = rounding.narrow(there, int(there.storage_offset()))
-                    squared -= _distance(there, rounded) if delta else 0.0
+                    squared += distance(there, rounded)
+                    there.copy_(rounded)
                     here.copy_(rounded)
-        for name in slab:
-            squared += scatter_from(source[name], master[name], plan.indices(name), delta=delta, rounding=rounding)
-        self.bytes_moved += slab.flat.numel() * stored.itemsize
-        return max(0.0, squared)
+            elif source is not target:
+                target.flat.copy_(source.flat)
+        self.work.link += perf_counter() - start
+        return squared
 
-    def _staging_for(self, slab: Slab, dtype: torch.dtype) -> Slab:
-        """A pinned slab of the same layout; kept while shapes stay the same."""
-        key = (dtype, tuple((name, view.shape) for name, view in slab.items()))
-        if key not in self._staging:
-            for old in [k for k in self._staging if k[0] == dtype and [n for n, _ in k[1]] == list(slab)]:
-                self._staging.pop(old).close()
-            shapes = {name: view.shape for name, view in slab.items()}
-            self._staging[key] = Slab(shapes, dtype, pin=True)
+    def merge(self, staged: Iterable[Slab], full: Mapping[str, Tensor], plan: Plan, *, delta: bool = False) -> float:
+        """Master ← staging. With `delta`, returns Σ (new − old)²."""
+        start, squared = perf_counter(), 0.0
+        for slab in staged:
+            for name in slab:
+                squared += scatter_from(slab[name], full[name], plan.indices(name), delta=delta)
+            self.work.nbytes += slab.nbytes
+        self.work.writeback += perf_counter() - start
+        return squared
+
+    def staging(self, kinds: Iterable[Layout], slabs: Iterable[Slab], use: str) -> list[Slab]:
+        """Pinned slabs of these layouts, kept while shapes stay the same; a slab of `slabs` where it will do itself."""
+        return [
+            slab if dtype == stored and not self._apart else self._staged(stored, shapes, use if self._apart else "")
+            for (dtype, stored, shapes), slab in zip(kinds, slabs, strict=True)
+        ]
+
+    def staging_ahead(self, kinds: Iterable[Layout], use: str) -> list[Slab]:
+        """Pinned slabs of these layouts beside those of `staging`."""
+        return [self._staged(stored, shapes, f"{use} ahead") for _, stored, shapes in kinds]
+
+    def _staged(self, dtype: torch.dtype, shapes: Mapping[str, torch.Size], use: str) -> Slab:
+        key = (use, dtype, tuple(shapes))
+        slab = self._staging.get(key)
+        if slab is None or any(slab[name].shape != shape for name, shape in shapes.items()):
+            if slab is not None:
+                self._staging.pop(key).close()
+            self._staging[key] = Slab(shapes, dtype, pin=self._device.type == "cuda")
         return self._staging[key]
 
     def close(self) -> None:
         for slab in self._staging.values():
             slab.close()
         self._staging.clear()
-
-
-def _stored_type(master: Mapping[str, Tensor], slab: Slab) -> torch.dtype:
-    return master[next(iter(slab))].dtype

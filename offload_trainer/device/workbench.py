@@ -1,17 +1,27 @@
-"""The device's side of a round: the subnet that is trained, the reference it is compared with, and their transfers."""
+"""The device's side of a round: the subnet that is trained, the one it is compared with, and their transfers.
+
+Where rounds overlap, three plans are under way. The plan of the round is trained. The next round's lies on the device
+as well, weights only, and is the reference. The one after that is gathered on the host in the background, beside the
+next round's moments. What waits was gathered before the running round ended, so it lacks that round's changes, and no
+others: at the swap, entries shared with the plan trained last are copied over on the device.
+"""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from offload_trainer.device import memory
+from offload_trainer.device.elements import patch
+from offload_trainer.device.pipeline import Pipeline
 from offload_trainer.device.subnet import Subnet, TrainedSubnet
-from offload_trainer.device.transfer import Transfer
+from offload_trainer.device.transfer import Transfer, limited
 from offload_trainer.groups.plan import Plan
 from offload_trainer.master.master import Master
 from offload_trainer.master.moments import OptimizerFactory, StateLayout
+from offload_trainer.master.slab import Slab
 
 
 class Workbench:
@@ -19,6 +29,7 @@ class Workbench:
 
     sampled: the tensors that some plan slices, so that their entries differ in age.
     carry: the optimizer's moments come and go with the weights; else they start anew with every round.
+    overlap: transfers go on while a round trains, as far as plans keep their shapes and are known ahead.
     """
 
     def __init__(
@@ -31,94 +42,191 @@ class Workbench:
         sampled: frozenset[str],
         carry: bool,
         compile: bool,
+        overlap: bool,
     ):
-        self._master, self._device = master, device
-        self._factory, self._layout = factory, layout
-        self._sampled, self._carry, self._compile = sampled, carry, compile
-        self._transfer = Transfer(device)
+        self._master, self._device, self._overlap = master, device, overlap
+        self._layout, self._sampled, self._compile = layout, sampled, compile
+        self._new_subnet = partial(
+            TrainedSubnet, device=device, factory=factory, layout=layout, carry=carry, sampled=sampled
+        )
+        self.transfer = Transfer(device, overlap=overlap)
+        # On a CPU the background must leave the cores to the training.
+        self.pipeline = Pipeline(overlap=overlap, threads=1 if device.type == "cpu" else None)
         self._subnet: TrainedSubnet | None = None
         self._reference: Subnet | None = None
+        self._gathered: tuple[Plan, ...] = ()
+        """Plans of the next two rounds for which staging holds what `_gather_ahead` says; or none."""
         self.forward: Any = None
         """The subnet's module as it is called: compiled where that was asked for."""
         self.clock = 0
         """Steps of the moments of entries of mixed age (see master/moments.py)."""
         self.trained = ""
         """Digest of the plan trained last: a plan that is trained twice running keeps its clock."""
+        self.delta_norm = 0.0
+        """Norm of what the last complete write-back changed."""
+        self.broken = False
+        """A write-back was begun and has not come to its end."""
 
     @property
     def subnet(self) -> TrainedSubnet:
         assert self._subnet is not None
         return self._subnet
 
-    @property
-    def has_reference(self) -> bool:
-        return self._reference is not None
+    # A round
 
-    def take(self, plan: Plan, steps: int) -> None:
-        """Make the trained subnet that of `plan`; the run has taken `steps` steps so far."""
-        same = plan.digest == self.trained
+    def begin(self, plan: Plan, reference: Plan | None, following: tuple[Plan, ...], steps: int) -> None:
+        """Make the trained subnet that of `plan`, and the reference that of `reference` (None: there is none).
+
+        following: plans of the next rounds, as far as they are known; steps: that the run has taken so far.
+        """
+        same, fits = plan.digest == self.trained, self._subnet is not None and self._subnet.fits(plan)
         self.trained = plan.digest
         if not same:
             self.clock = min(steps, self._layout.horizon)
-        if self._subnet is not None and self._subnet.fits(plan):
-            # A narrower master has rounded what is still here, and a resumed run would not have it.
-            there = same and self._master.exact
-            if not there:
-                self._subnet.load(plan)
-            self._subnet.load_moments(self.clock, gather=not there)
-            return
-        self._subnet = None  # before the next one is made: never two
-        self._subnet = TrainedSubnet(
-            self._master,
-            plan,
-            self._transfer,
-            self._device,
-            self._factory,
-            self._layout,
-            carry=self._carry,
-            sampled=self._sampled,
-            clock=self.clock,
-        )
-        self.forward = torch.compile(self._subnet.module) if self._compile else self._subnet.module
+        swapped = fits and bool(self._gathered) and self._gathered[0] == plan
+        if swapped:
+            self._swap(*self._gathered)
+        elif not (fits and same):
+            self._take(plan, fits)
+        self._gathered = ()
+        self.subnet.begin(self.clock)
+        ahead = self._overlap and len(following) == 2 and all(map(self.subnet.fits, following))
+        wanted = following[0] if ahead else reference
+        if wanted is None or not (swapped and self._reference is not None and self._reference.plan == wanted):
+            self._take_reference(wanted)
+        if ahead:
+            self._gathered = following
+            self.pipeline.do(partial(self._gather_ahead, *following))
 
-    def take_reference(self, plan: Plan | None) -> None:
-        """Make the reference that of `plan`; None: there is none in this round."""
-        if plan is not None and self._reference is not None and self._reference.fits(plan):
-            self._reference.load(plan)
-            return
-        self._reference = None  # before the next one is made: never two
-        if plan is not None:
-            self._reference = Subnet(self._master, plan, self._transfer, self._device)
-
-    def drop_reference(self) -> None:
-        self._reference = None
+    def end(self, steps: int, round: int) -> None:
+        """End a round, of this number, of `steps` steps: everything → master, where it is once `wait` returns."""
+        self.pipeline.wait()
+        subnet, rounding = self.subnet, self._master.precision.rounding
+        subnet.end()
+        self.clock += steps
+        staged = self.transfer.staging(subnet.kinds, subnet.slabs, "weights")
+        excess = self.transfer.unload(subnet.slabs, staged, rounding(round, "weights"))
+        self.pipeline.do(partial(self._merge_weights, staged, subnet.plan, excess))
+        for moment in subnet.moments:
+            slabs = subnet.moment_slabs(moment)
+            staged = self.transfer.staging(subnet.moment_kinds(moment), slabs, moment)
+            self.transfer.unload(slabs, staged, rounding(round, moment))
+            self.pipeline.do(partial(self._merge_moments, staged, moment, subnet.plan))
+        self.pipeline.do(self._written)
 
     @torch.no_grad()
     def reference_loss(self, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
-        """L(m′), leaving no trace: its BatchNorm statistics are its own, dropout draws what the subnet will draw."""
+        """L(m′), leaving no trace: its BatchNorm statistics stay, dropout draws what the subnet will draw."""
         assert self._reference is not None
-        before = memory.random_state(self._device)
-        loss = loss_fn(self._reference.module, batch)
+        module, before = self._reference.module, memory.random_state(self._device)
+        statistics = [buffer.clone() for buffer in module.buffers()]
+        loss = loss_fn(module, batch)
+        for buffer, was in zip(module.buffers(), statistics, strict=True):
+            buffer.copy_(was)
         memory.set_random_state(self._device, before)
         return loss
 
-    def write_back(self, steps: int, round: int) -> float:
-        """End a round, of this number, of `steps` steps: everything → master. Returns the norm of its change."""
-        norm = self.subnet.write_back(delta=True, round=round) ** 0.5
-        self.subnet.write_back_moments(round)
-        self.clock += steps
-        return norm
+    def drop_reference(self) -> None:
+        """Free it for the rest of the round, unless it is trained next."""
+        if not self._gathered:
+            self._reference = None
+
+    # What it does on the way
+
+    def _take(self, plan: Plan, fits: bool) -> None:
+        """Gather a plan now."""
+        self.pipeline.wait()
+        if not fits:
+            self._subnet = None  # before the next one is made: never two
+            self._subnet = self._new_subnet(self._master, plan)
+            self.forward = torch.compile(self._subnet.module) if self._compile else self._subnet.module
+        self._load(self.subnet, plan)
+        for moment in self.subnet.moments if self._master.scalars else ():
+            slabs = self.subnet.moment_slabs(moment)
+            staged = self.transfer.staging(self.subnet.moment_kinds(moment), slabs, moment)
+            self.transfer.gather(self._master.moments[moment], staged, plan)
+            self.transfer.load(staged, slabs)
+
+    def _take_reference(self, plan: Plan | None) -> None:
+        if plan is None:
+            self._reference = None
+            return
+        self.pipeline.wait()
+        if self._reference is None or not self._reference.fits(plan):
+            self._reference = None  # before the next one is made: never two
+            self._reference = Subnet(self._master, plan, self._device)
+        self._load(self._reference, plan)
+
+    def _load(self, subnet: Subnet, plan: Plan) -> None:
+        subnet.plan = plan
+        staged = self.transfer.staging(subnet.kinds, subnet.slabs, "weights")
+        self.transfer.gather(self._master.tensors, staged, plan)
+        self.transfer.load(staged, subnet.slabs)
+
+    def _ahead(self) -> tuple[list[Slab], dict[str, list[Slab]]]:
+        """Staging of what is gathered ahead: weights, and moments by name, of tensors that some plan slices.
+
+        Those of the others are all trained in every round, so what waits for them is on the device.
+        """
+        subnet, staging = self.subnet, self.transfer.staging_ahead
+        moments = {m: staging(limited(subnet.moment_kinds(m), self._sampled), m) for m in subnet.moments}
+        return staging(limited(subnet.kinds, self._sampled), "weights"), moments
+
+    def _gather_ahead(self, following: Plan, later: Plan) -> None:
+        """Moments of the next round's plan and weights of the one after. In the background, as is finding out what they
+        share with the plan that is being trained."""
+        weights, moments = self._ahead()
+        for moment, staged in moments.items():
+            self.transfer.gather(self._master.moments[moment], staged, following)
+        self.transfer.gather(self._master.tensors, weights, later)
+        for plan in (following, later):
+            for name in self._sampled:
+                _ = self.subnet.plan.shared(plan, name)
+
+    def _swap(self, plan: Plan, later: Plan) -> None:
+        """The reference's values become the trained subnet's, what was gathered becomes the reference's."""
+        subnet, reference, before = self.subnet, self._reference, self.subnet.plan
+        assert reference is not None and reference.plan == plan
+        weights, moments = self._ahead()
+        for moment, staged in moments.items():
+            for waiting, slab in zip(staged, subnet.moment_slabs(moment), strict=True):
+                arrived = self.transfer.arrived(waiting, slab.flat.dtype)
+                for name in arrived:
+                    patch(arrived[name], slab[name], before.shared(plan, name))
+                    slab[name].copy_(arrived[name])
+        for waiting, slab, beside in zip(weights, subnet.slabs, reference.slabs, strict=True):
+            arrived = self.transfer.arrived(waiting, slab.flat.dtype)
+            for name in slab:
+                patch(beside[name], slab[name], before.shared(plan, name))
+            for name in arrived:
+                patch(arrived[name], slab[name], before.shared(later, name))
+            slab.flat.copy_(beside.flat)
+            for name in arrived:
+                beside[name].copy_(arrived[name])
+        subnet.plan, reference.plan = plan, later
+
+    def _merge_weights(self, staged: list[Slab], plan: Plan, excess: float) -> None:
+        self.broken = True
+        squared = self.transfer.merge(staged, self._master.tensors, plan, delta=True)
+        # Of rounded values: an unbiased estimate, less what rounding adds to it in expectation.
+        self._squared = max(0.0, squared - excess)
+
+    def _merge_moments(self, staged: list[Slab], moment: str, plan: Plan) -> None:
+        self.transfer.merge(staged, self._master.moments[moment], plan)
+
+    def _written(self) -> None:
+        self.delta_norm, self.broken = self._squared**0.5, False
 
     def clear(self) -> None:
+        """Forget what is on the device."""
+        self.pipeline.drain()
         self._subnet = self._reference = self.forward = None
+        self._gathered = ()
 
     def close(self) -> None:
+        self.pipeline.close()
         self.clear()
-        self._transfer.close()
-
-    @property
-    def bytes_moved(self) -> int:
-        return self._transfer.bytes_moved
+        self.transfer.close()
 
     @property
     def nbytes(self) -> int:

@@ -168,7 +168,8 @@ class Plan(Mapping[str, Tensor]):
                 chosen[name] = indices
         self.groups = groups
         self._chosen = MappingProxyType(chosen)
-        self._index: dict[tuple[str, int], Tensor | None] = {}
+        self._index: dict[tuple, Tensor | None] = {}
+        self._shared: dict[tuple, tuple[Tensor | None, Tensor | None]] = {}
 
     @classmethod
     def whole(cls, groups: Groups) -> "Plan":
@@ -201,22 +202,39 @@ class Plan(Mapping[str, Tensor]):
 
     def index(self, tensor: str, axis: int) -> Tensor | None:
         """Kept elements along one axis of a tensor, sorted; None when the axis stays whole."""
-        key = (tensor, axis)
+        key = self._axis(tensor, axis)
         if key not in self._index:
-            self._index[key] = self._elements(tensor, axis)
+            self._index[key] = self._elements(*key)
         return self._index[key]
 
-    def _elements(self, tensor: str, axis: int) -> Tensor | None:
-        slots = [(g, s) for g, s in self.groups.by_tensor.get(tensor, {}).get(axis, ()) if g.name in self._chosen]
-        if not slots:
+    def _axis(self, tensor: str, axis: int) -> tuple:
+        """Its size, and name, units, block and offset of each group on it: equal for axes that are sliced alike."""
+        slots = self.groups.by_tensor.get(tensor, {}).get(axis, ())
+        return self.groups.shapes[tensor][axis], *((g.name, g.units, s.block, s.offset) for g, s in slots)
+
+    def _elements(self, size: int, *slots: tuple[str, int, int, int]) -> Tensor | None:
+        chosen = [slot for slot in slots if slot[0] in self._chosen]
+        if not chosen:
             return None
-        keep = torch.ones(self.groups.shapes[tensor][axis], dtype=torch.bool)
-        for group, slot in slots:
-            units = torch.zeros(group.units, dtype=torch.bool)
-            units[self._chosen[group.name]] = True
+        keep = torch.ones(size, dtype=torch.bool)
+        for name, count, block, offset in chosen:
+            units = torch.zeros(count, dtype=torch.bool)
+            units[self._chosen[name]] = True
             # Where two groups meet on an element (heads and their features), both must keep it.
-            keep[slot.offset : slot.offset + group.units * slot.block] &= units.repeat_interleave(slot.block)
+            keep[offset : offset + count * block] &= units.repeat_interleave(block)
         return keep.nonzero().flatten()
+
+    def shared(self, other: "Plan", tensor: str) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+        """Where the elements of a tensor that both plans keep lie, for every axis (None: all of it is shared): in this
+        plan's sliced tensor, and in the other's."""
+        pairs = []
+        for axis in range(len(self.groups.shapes[tensor])):
+            key = (other.digest, self._axis(tensor, axis))
+            if key not in self._shared:
+                ours, theirs = self.index(tensor, axis), other.index(tensor, axis)
+                self._shared[key] = _common(ours, theirs, self.groups.shapes[tensor][axis])
+            pairs.append(self._shared[key])
+        return tuple(here for here, _ in pairs), tuple(there for _, there in pairs)
 
     def indices(self, tensor: str) -> tuple[Tensor | None, ...]:
         """`index` for every axis of a tensor."""
@@ -230,3 +248,16 @@ class Plan(Mapping[str, Tensor]):
     def slices(self, tensor: str) -> bool:
         """Whether the plan leaves out any element of the tensor."""
         return any(index is not None for index in self.indices(tensor))
+
+
+def _common(ours: Tensor | None, theirs: Tensor | None, size: int) -> tuple[Tensor | None, Tensor | None]:
+    """Places in two sorted selections of `size` elements (None: all of them) of what is in both (None: everywhere)."""
+    if ours is None or theirs is None:
+        return theirs, ours
+    places = torch.full((size,), -1)
+    places[ours] = torch.arange(len(ours))
+    found = places[theirs]
+    both = found >= 0
+    if len(ours) == len(theirs) and bool(both.all()):
+        return None, None
+    return found[both], both.nonzero().flatten()

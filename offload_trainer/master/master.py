@@ -74,12 +74,6 @@ class Master:
     def nbytes(self) -> int:
         return sum(slab.nbytes for slab in self._slabs)
 
-    @property
-    def exact(self) -> bool:
-        """Whether a write-back leaves here, bit for bit, what the device held."""
-        kinds = [self.precision.weights, *([self.precision.moments] if self.moments else [])]
-        return all(dtype == torch.float32 for dtype in kinds)
-
     def sliced(self, plan: Plan, groups: Groups) -> nn.Module:
         """A plan's module on the host, in the types it computes in, with tensors of its own."""
         module = slice_module(self.model, plan, groups)

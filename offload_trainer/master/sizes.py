@@ -1,9 +1,11 @@
 """Bytes that follow from a plan's shapes and types alone."""
 
-import torch
+from collections.abc import Iterable
+from itertools import chain
+
 from torch import nn
 
-from offload_trainer.device.transfer import LINK_CHUNK
+from offload_trainer.device.transfer import LINK_CHUNK, Layout, layouts, limited
 from offload_trainer.groups.plan import Plan
 from offload_trainer.groups.slicing import named_tensors
 from offload_trainer.master.master import Entries, stored_moments, stored_weights
@@ -13,10 +15,12 @@ from offload_trainer.master.slab import by_dtype, slab_bytes
 
 
 class Sizes:
-    """Of the subnet of a plan: what it holds, and what moving it takes."""
+    """Of the subnet of a plan: what it holds, and what moving it takes. sampled: tensors that some plan slices."""
 
-    def __init__(self, model: nn.Module, layout: StateLayout, precision: Precision, plan: Plan):
-        self.plan, self._precision = plan, precision
+    def __init__(
+        self, model: nn.Module, layout: StateLayout, precision: Precision, plan: Plan, sampled: frozenset[str]
+    ):
+        self.plan, self._sampled = plan, sampled
         tensors, parameters = named_tensors(model), dict(model.named_parameters())
         self._computed: Entries = {name: (tensor.dtype, plan.shape(name)) for name, tensor in tensors.items()}
         stored = stored_weights(tensors, precision)
@@ -25,6 +29,9 @@ class Sizes:
         trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
         self._trained: Entries = {name: entry for name, entry in self._computed.items() if name in trained}
         self._moments: dict[str, Entries] = {name: layout.entries(name, self._trained) for name in layout.moments}
+        kinds = [(self._computed, self._stored)]
+        kinds += [(entries, stored_moments(entries, precision)) for entries in self._moments.values()]
+        self._kinds = [layouts(own, {name: dtype for name, (dtype, _) in stored.items()}) for own, stored in kinds]
 
     @property
     def weights(self) -> int:
@@ -51,26 +58,48 @@ class Sizes:
         sizes = [shape.numel() * dtype.itemsize for dtype, shape in self._trained.values()]
         return sum(size for size in sizes if size < block)
 
-    def link(self, reference: bool) -> dict[str, int]:
-        """What crosses the link in a round, in the master's types."""
-        weights = _bytes(self._stored)
-        moments = sum(_bytes(stored_moments(entries, self._precision)) for entries in self._moments.values())
-        down = {"gathered weights": weights, "gathered moments": moments, "gathered reference": reference * weights}
-        both = down | {"written weights": weights, "written moments": moments}
+    def link(self, reference: bool, ahead: bool) -> dict[str, int]:
+        """What crosses the link in a round, in the master's types.
+
+        reference: a second subnet is gathered. ahead: it is the one that is trained next, gathered once for both uses,
+        and only of tensors that some plan slices.
+        """
+        weights, *moments = self._kinds
+        written = _stored_bytes(weights), sum(map(_stored_bytes, moments))
+        gathered = written
+        if ahead:
+            weights, *moments = [limited(kind, self._sampled) for kind in self._kinds]
+            gathered = _stored_bytes(weights), sum(map(_stored_bytes, moments))
+        both = {
+            "gathered weights": gathered[0],
+            "gathered moments": gathered[1],
+            "gathered reference": gathered[0] if reference and not ahead else 0,
+            "written weights": written[0],
+            "written moments": written[1],
+        }
         return {name: size for name, size in both.items() if size}
 
-    @property
-    def staging(self) -> int:
-        """One buffer for all slabs of one layout: the moments share theirs."""
-        layouts: dict[tuple[torch.dtype, tuple[str, ...]], int] = {}
-        kinds = [(self._computed, self._stored)]
-        kinds += [(entries, stored_moments(entries, self._precision)) for entries in self._moments.values()]
-        for computed, stored in kinds:
-            table: dict[tuple[torch.dtype, torch.dtype], Entries] = {}
-            for name, (dtype, shape) in stored.items():
-                table.setdefault((computed[name][0], dtype), {})[name] = (dtype, shape)
-            layouts |= {(dtype, tuple(entries)): _bytes(entries) for (_, dtype), entries in table.items()}
-        return sum(layouts.values())
+    def staging(self, *, overlap: bool, ahead: bool, on_host: bool) -> int:
+        """Of one process. Where nothing overlaps, one buffer for all slabs of one layout, since the moments share
+        theirs, and on the host none but where types differ."""
+        if overlap:
+            waiting = [limited(kind, self._sampled) for kind in self._kinds] if ahead else []
+            return sum(map(_stored_bytes, [*self._kinds, *waiting]))
+        held = {
+            (stored, tuple(shapes)): slab_bytes(shapes, stored)
+            for dtype, stored, shapes in chain(*self._kinds)
+            if not on_host or dtype != stored
+        }
+        return sum(held.values())
+
+    def arriving(self, *, on_host: bool) -> int:
+        """On the device during a swap: the largest slab of what was gathered ahead; on the host where types differ."""
+        coming = [
+            slab_bytes(shapes, dtype)
+            for dtype, stored, shapes in limited(chain(*self._kinds), self._sampled)
+            if not on_host or dtype != stored
+        ]
+        return max(coming, default=0)
 
     @property
     def merging(self) -> int:
@@ -87,6 +116,10 @@ class Sizes:
         """Scratch on the device while values become those of a narrower master, piece by piece."""
         narrower = [shape.numel() for name, (dtype, shape) in self._stored.items() if dtype != self._computed[name][0]]
         return 20 * min(LINK_CHUNK, sum(narrower))
+
+
+def _stored_bytes(kind: Iterable[Layout]) -> int:
+    return sum(slab_bytes(shapes, stored) for _, stored, shapes in kind)
 
 
 def _bytes(entries: Entries) -> int:

@@ -1,0 +1,66 @@
+"""Which plan is trained in which round, and what it is compared with."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from offload_trainer.groups import Groups, Plan
+from offload_trainer.structure import Structure
+
+Reference = Literal["next", "fresh"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one round does."""
+
+    plan: Plan
+    """Trained in it."""
+    reference: Plan | None = None
+    """Compared with it on the paired batches; None: s does not learn from this round."""
+    following: tuple[Plan, ...] = ()
+    """Of the next rounds, as far as they are known."""
+
+
+class Agenda:
+    """Plans of the rounds, in order. All follows from the structure, whose state is all there is to a resume.
+
+    reference: "next" compares a plan with the one that is trained after it, so plans are drawn two rounds ahead, and
+        with the s of then; "fresh" with one that is drawn for this alone.
+    """
+
+    def __init__(self, groups: Groups, structure: Structure, reference: Reference):
+        self._groups, self._structure, self._reference = groups, structure, reference
+        self.settled = False
+        """From the next round on, the units of the largest s are trained and s stays as it is."""
+        self.starts_from_top = False
+        """s started from importance, so the first plan is known."""
+        self._known: tuple[Plan, ...] = ()
+
+    def begin(self, step: int, rounds: int) -> Entry:
+        """The round after `rounds` others, at optimizer step `step`: masks are drawn as far as they are needed."""
+        self._structure.set_step(step)
+        if self.settled or not self._structure.names:
+            return Entry(self.top())
+        first = self.starts_from_top and not rounds
+        if self._reference == "fresh":
+            if first:
+                return Entry(self.top())
+            plan, reference = self._plans(self._structure.pair())
+            return Entry(plan, reference)
+        plan, after, later = self._plans(self._structure.follow())
+        return Entry(self.top(), None, (after, later)) if first else Entry(plan, after, (after, later))
+
+    def top(self) -> Plan:
+        """The units of the largest s; all of them where no group is sampled."""
+        (plan,) = self._plans([self._structure.top()])
+        return plan
+
+    def _plans(self, masks: Sequence[Mapping[str, Tensor]]) -> list[Plan]:
+        """Those known from earlier rounds are the same objects, with all the indices they have worked out."""
+        plans = [Plan(self._groups, kept) for kept in masks]
+        plans = [next((known for known in self._known if known == plan), plan) for plan in plans]
+        self._known = tuple(plans)
+        return plans

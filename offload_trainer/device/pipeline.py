@@ -1,0 +1,64 @@
+"""Work that goes on while the device trains."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+
+class Pipeline:
+    """Does what it is given in order: on one background thread or, without `overlap`, at once.
+
+    What a piece of work raises, with its traceback, the next `wait` raises, once; what was to follow it is left out.
+    threads: of torch, within the background thread; None: as many as torch takes.
+    """
+
+    def __init__(self, *, overlap: bool, threads: int | None = None):
+        self._worker: ThreadPoolExecutor | None = None
+        if overlap:
+            self._worker = ThreadPoolExecutor(1, "transfers")
+            if threads is not None:
+                self._worker.submit(torch.set_num_threads, threads)
+        self._given: list[Future[None]] = []
+        self._failed = False
+
+    def do(self, work: Callable[[], None]) -> None:
+        if self._worker is None:
+            work()
+        else:
+            self._given.append(self._worker.submit(self._unless_failed, work))
+
+    @torch.no_grad()
+    def _unless_failed(self, work: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            work()
+        except BaseException:
+            self._failed = True
+            raise
+
+    def wait(self) -> None:
+        """Until all of it is done."""
+        while self._given:
+            first = self._given[0]
+            try:
+                first.result()  # an interrupt while it waits leaves the work where it is
+            except BaseException:
+                if first.done():
+                    self.drain()
+                    self._given.clear()
+                    self._failed = False
+                raise
+            self._given.pop(0)
+
+    def drain(self) -> None:
+        """Until nothing is being done; errors stay for `wait`."""
+        for work in self._given:
+            work.exception()
+
+    def close(self) -> None:
+        """Finish what is being done and leave the rest out."""
+        if self._worker is not None:
+            self._worker.shutdown(cancel_futures=True)
+        self._given.clear()

@@ -1,0 +1,327 @@
+"""DESIGN §10, 6: rounds whose transfers go on in the background equal those without, bit for bit."""
+
+import os
+import random
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from offload_trainer import Offloader, Structure, UserError, find_groups, snapshot
+from offload_trainer.device import memory, transfer
+from offload_trainer.device.elements import gather_into, patch
+from offload_trainer.device.pipeline import Pipeline
+from offload_trainer.device.transfer import Transfer
+from offload_trainer.groups import Groups, random_plan
+from offload_trainer.master import CheckpointStore, find_checkpoint
+from offload_trainer.master.precision import Precision
+from tests.test_offloader import ADAMW, SGD, data, loss_fn, network, run
+
+BF16 = torch.bfloat16
+CASES: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "sgd": {"factory": SGD},
+    "reset": {"state": "reset"},
+    "vr_pge": {"estimator": "vr_pge", "lr": 0.1},
+    "every step": {"sync_every": 1, "paired_batches": 1},
+    "unpaired": {"lr": 0.0},
+    "narrow weights": {"precision": Precision(weights=BF16)},
+    "narrow moments": {"precision": Precision(moments=BF16)},
+    "narrow": {"precision": Precision(BF16, BF16, seed=3), "factory": SGD},
+    "one group": {"per_group_keep": {"*0*": 0.5}},
+    "keep 1": {"keep": 1.0},
+    "little kept": {"keep": 0.15},
+    "fresh": {"reference": "fresh"},
+    "bernoulli": {"sampler": "bernoulli", "budget": "global"},
+    "cubic": {"schedule": "cubic", "start_keep": 1.0, "schedule_steps": 12},
+    "clipped": {"clip_norm": 0.1},
+}
+
+
+def llama(seed: int = 1) -> nn.Module:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=4, max_position_embeddings=16, tie_word_embeddings=True, attention_dropout=0.1,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def text(count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(31, (2, 8), generator=generator) for _ in range(count)]
+
+
+def language_loss(module: nn.Module, tokens: Tensor) -> Tensor:
+    return module(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+
+MODELS: dict[str, tuple[Callable[..., nn.Module], Callable[[int], list], Any, Any]] = {
+    "cnn": (network, data, loss_fn, (torch.zeros(3, 3, 8, 8),)),
+    "llama": (llama, text, language_loss, {"input_ids": torch.zeros(2, 8, dtype=torch.long), "use_cache": False}),
+}
+
+
+def make(kind: str, *, overlap: bool, seed: int = 1, **case: Any) -> Offloader:
+    model, _, loss, inputs = MODELS[kind]
+    of_offloader = ("state", "precision", "reference", "clip_norm", "sync_every")
+    options = {"sync_every": 4} | {key: case.pop(key) for key in of_offloader if key in case}
+    factory = case.pop("factory", ADAMW)
+    full = model(seed)
+    groups = find_groups(full, inputs)
+    structure = Structure(groups, case.pop("keep", 0.5), paired_batches=case.pop("paired_batches", 2), **case)
+    return Offloader(full, groups, loss, optimizer=factory, structure=structure, overlap=overlap, **options)
+
+
+@pytest.fixture
+def races(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either side may be late at every hand-over, by more than a round takes."""
+    chance = random.Random(0)
+
+    def late(function: Callable[..., Any], *arguments: Any) -> Any:
+        time.sleep(chance.choice([0, 0, 0, 0, 0.004]))
+        result = function(*arguments)
+        time.sleep(chance.choice([0, 0, 0, 0, 0.004]))
+        return result
+
+    for name in ("gather", "load", "unload", "merge"):
+        whole = getattr(Transfer, name)
+        monkeypatch.setattr(Transfer, name, lambda *a, _whole=whole, **k: late(partial(_whole, **k), *a))
+    whole_do = Pipeline.do
+    monkeypatch.setattr(Pipeline, "do", lambda self, work: whole_do(self, partial(late, work)))
+
+
+def result(trainer: Offloader) -> dict[str, Tensor]:
+    """All that a run leaves, but what was timed."""
+    held = {f"weights {name}": tensor for name, tensor in trainer.master.items()}
+    for moment, tensors in trainer.moments.items():
+        held |= {f"{moment} {name}": tensor for name, tensor in tensors.items()}
+    held |= {f"structure {name}": tensor for name, tensor in trainer.structure.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in held.items()}
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.usefixtures("races")
+@pytest.mark.parametrize("case", CASES, ids=list(CASES))
+@pytest.mark.parametrize("kind", MODELS)
+def test_overlapping_rounds_equal_others_bit_for_bit(kind: str, case: str) -> None:
+    ended, losses, differences, plans = [], [], [], []
+    hidden = case not in ("fresh", "bernoulli", "cubic", "keep 1")
+    for overlap in (False, True):
+        with make(kind, overlap=overlap, **CASES[case]) as trainer:
+            torch.manual_seed(5)
+            losses.append([])
+            differences.append([])
+            plans.append([])
+            for batch in MODELS[kind][1](22):
+                losses[-1] += run(trainer, [batch])
+                if trainer.between_rounds:
+                    differences[-1].append(trainer.report.difference)
+                else:
+                    plans[-1].append(trainer.plan.digest)
+                    assert trainer._bench._gathered if hidden and overlap else not trainer._bench._gathered
+            trainer.finish_round()
+            ended.append(result(trainer))
+    assert losses[0] == losses[1] and differences[0] == differences[1] and plans[0] == plans[1]
+    assert_same(*ended)
+    if case not in ("keep 1", "one group", "every step"):
+        assert len(set(plans[0])) > 3  # rounds of different plans were compared
+
+
+@pytest.mark.usefixtures("races")
+@pytest.mark.parametrize("precision", [Precision(), Precision(BF16, BF16)], ids=["fp32", "bf16"])
+def test_a_run_that_settles_and_is_looked_at(precision: Precision) -> None:
+    """From importance to a settled plan, exported and looked at between and within rounds."""
+    ended, seen = [], []
+    for overlap in (False, True):
+        with make("cnn", overlap=overlap, precision=precision) as trainer:
+            torch.manual_seed(5)
+            structure = trainer.structure
+            scores = {name: torch.arange(len(s), dtype=torch.float32) for name, s in structure.s.items()}
+            trainer.start_from(scores, 0.3)
+            looked: list[Tensor] = []
+            for step, batch in enumerate(data(44)):
+                if step == 26:
+                    trainer.settle()
+                if step in (8, 14, 27, 40):
+                    looked += [p.detach().clone() for p in trainer.export().parameters()]
+                if step in (12, 19, 33):
+                    looked.append(trainer.master["0.weight"].clone())
+                looked.append(torch.tensor(run(trainer, [batch])))
+            trainer.finish_round()
+            ended.append(result(trainer))
+            seen.append(looked)
+    assert len(seen[0]) == len(seen[1])
+    for one, other in zip(*seen, strict=True):
+        assert torch.equal(one, other)
+    assert_same(*ended)
+
+
+@pytest.mark.usefixtures("races")
+@pytest.mark.parametrize("first", [False, True], ids=["to overlapping", "from overlapping"])
+@pytest.mark.parametrize("steps", [4, 10, 15])
+def test_a_run_is_resumed_either_way(tmp_path: Path, steps: int, first: bool) -> None:
+    """A checkpoint taken at any step, while the background is at work, knows nothing of how the rounds were run."""
+    batches = data(24)
+    with make("cnn", overlap=first) as whole:
+        torch.manual_seed(5)
+        run(whole, batches[:steps])
+        snapshot.save(whole, CheckpointStore(tmp_path))
+        run(whole, batches[steps:])
+        whole.finish_round()
+        expected = result(whole)
+    with make("cnn", overlap=not first, seed=7) as resumed:
+        snapshot.restore(resumed, find_checkpoint(tmp_path))
+        assert resumed.steps == steps // 4 * 4
+        run(resumed, batches[resumed.steps :])
+        resumed.finish_round()
+        assert_same(expected, result(resumed))
+
+
+def test_transfers_are_hidden_behind_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gather and write-back may take as long as the round; training does not wait for them."""
+    for name in ("gather_into", "scatter_from"):
+
+        def slow(*arguments: Any, _whole: Any = getattr(transfer, name), **options: Any) -> Any:
+            if threading.current_thread() is not threading.main_thread():
+                time.sleep(0.004)
+            return _whole(*arguments, **options)
+
+        monkeypatch.setattr(transfer, name, slow)
+    reports = []
+    with make("cnn", overlap=True, factory=SGD) as trainer:
+        for batch in data(20):
+            time.sleep(0.08)
+            run(trainer, [batch])
+            if trainer.between_rounds:
+                reports.append(trainer.report)
+    for report in reports[1:]:
+        took = report.gather_ms + report.writeback_ms + report.link_ms
+        assert took > 100 and report.waited_ms < took / 3
+        assert report.overlapped == pytest.approx(1 - report.waited_ms / took)
+        assert report.bytes_per_second == pytest.approx(1e3 * report.bytes_moved / took)
+
+
+@pytest.mark.parametrize("step", ["gather", "merge"])
+def test_what_the_background_raises_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """With its traceback. A gather that failed has damaged nothing, a write-back has: nothing is saved of that."""
+    with make("cnn", overlap=True) as trainer:
+        run(trainer, data(8))
+        trainer.master  # noqa: B018  the background is done
+
+        def failing_on_purpose(*_: Any, **__: Any) -> None:
+            raise OSError("the disk is gone")
+
+        monkeypatch.setattr(Transfer, step, failing_on_purpose)
+        with pytest.raises(OSError, match="the disk is gone") as caught:
+            run(trainer, data(12))
+        assert "failing_on_purpose" in "".join(traceback.format_tb(caught.tb))
+        if step == "gather":
+            assert trainer.boundary().numbers["steps"] in (8, 12)
+            snapshot.save(trainer, CheckpointStore(tmp_path))
+            assert find_checkpoint(tmp_path).meta["step"] in (8, 12)
+        else:
+            with pytest.raises(RuntimeError, match="broken off"):
+                snapshot.save(trainer, CheckpointStore(tmp_path))
+            with pytest.raises((RuntimeError, OSError)):
+                run(trainer, data(12))
+        trainer._round = None
+
+
+@pytest.mark.usefixtures("races")
+def test_an_interrupt_at_any_moment_neither_hangs_nor_divides_a_write_back(tmp_path: Path) -> None:
+    batches = data(60)
+    states = {}
+    with make("cnn", overlap=True) as whole:
+        torch.manual_seed(5)
+        for i, batch in enumerate(batches):
+            if i % 4 == 0:
+                states[i] = result(whole)
+            run(whole, [batch])
+    chance = random.Random(1)
+    for attempt in range(8):
+        timer = threading.Timer(chance.uniform(0.05, 0.6), os.kill, (os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt), make("cnn", overlap=True) as trainer:
+            timer.start()
+            torch.manual_seed(5)
+            try:
+                for batch in batches * 100:
+                    run(trainer, [batch])
+            except KeyboardInterrupt:
+                steps = trainer.boundary().numbers["steps"]
+                store = CheckpointStore(tmp_path / str(attempt))
+                snapshot.save(trainer, store)
+                raise
+        if steps in states:
+            weights = find_checkpoint(tmp_path / str(attempt)).read("weights")
+            for name, tensor in weights.items():
+                assert torch.equal(tensor, states[steps][f"weights {name}"]), (steps, name)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_round(tmp_path: Path) -> None:
+    batches = data(24)
+    with make("cnn", overlap=True) as trainer:
+        torch.manual_seed(5)
+        run(trainer, batches[:12])
+        before = result(trainer)
+        bad = [(batches[12][0] * float("nan"), batches[12][1])]
+        with pytest.raises(UserError, match="the loss is nan at step 13, round 3"):
+            run(trainer, bad + batches[13:16])
+        assert_same(before, result(trainer))
+        assert trainer.steps == 12
+        run(trainer, batches[12:])
+        ended = result(trainer)
+    with make("cnn", overlap=False) as trainer:
+        torch.manual_seed(5)
+        run(trainer, batches)
+        assert_same(ended, result(trainer))
+
+
+def plans(groups: Groups) -> Iterator[tuple[Any, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    for keep in (0.2, 0.5, 0.9, 1.0):
+        for other in (0.2, 0.5, 1.0):
+            yield random_plan(groups, generator, keep), random_plan(groups, generator, other)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_patch_copies_what_two_plans_share_and_nothing_else(kind: str) -> None:
+    model = MODELS[kind][0]()
+    groups = find_groups(model, MODELS[kind][3])
+    for plan, other in plans(groups):
+        for name, shape in groups.shapes.items():
+            full = torch.arange(shape.numel(), dtype=torch.float32).view(shape)
+            small, target = torch.empty(plan.shape(name)), torch.empty(other.shape(name))
+            gather_into(small, full, plan.indices(name))
+            gather_into(target, full, other.indices(name))
+            kept = torch.isin(target, small)
+            patch(target, -small - 1, plan.shared(other, name))
+            whole = torch.empty(other.shape(name))
+            gather_into(whole, full, other.indices(name))
+            assert torch.equal(target, torch.where(kept, -whole - 1, whole)), name
+
+
+def test_memory_does_not_grow_over_200_rounds() -> None:
+    with make("cnn", overlap=True, sync_every=1, paired_batches=1) as trainer:
+        batches = data(10)
+        run(trainer, batches * 5)
+        memory.give_back()
+        before = memory.host_bytes()
+        run(trainer, batches * 20)
+        memory.give_back()
+        assert trainer.rounds >= 200
+        assert memory.host_bytes() - before < 2**21
