@@ -35,8 +35,7 @@ class Offloader:
     sync_every: K, optimizer steps between two samplings.
     state: "carry" keeps the optimizer's moments of every entry in the master; "reset" starts them anew with every
         round and saves their host memory.
-    clip_norm: gradients are scaled down to this norm; None: never.
-    compile: `torch.compile` the subnet; needs plans of constant widths.
+    clip_norm: gradients are scaled down to this norm. compile: `torch.compile` the subnet; needs constant widths.
     reference: what a subnet is compared with: the one trained "next", or a "fresh" one (agenda.py).
     overlap: write back and gather in the background while a round trains; the results are the same, bit for bit. Needs
         reference "next" and plans of constant widths; a round where one is missing goes without.
@@ -91,7 +90,7 @@ class Offloader:
         self._bench = Workbench(
             self._master, self.device, optimizer, layout, sampled=sampled, carry=carry, compile=compile, overlap=overlap
         )
-        self._transfers = Transfers(self._bench.transfer.work, self.spent)
+        self._transfers = Transfers(self.spent)
         self._boundary: Boundary | None = self._make_boundary()
 
     # What a training loop calls
@@ -139,7 +138,7 @@ class Offloader:
 
     @property
     def between_rounds(self) -> bool:
-        """Whether no round is running."""
+        """No round is running."""
         return self._round is None
 
     def settle(self) -> None:
@@ -275,8 +274,7 @@ class Offloader:
         return self._round
 
     def _end_round(self, running: Round) -> None:
-        # The host waits here for the round's last kernels.
-        pairs = running.differences
+        pairs = running.differences  # the host waits here for the round's last kernels
         difference = ranks.mean(self.accelerator, torch.stack(pairs).mean()) if pairs else None
         losses = torch.stack(running.losses)
         ranks.average_(self.accelerator, [losses])
@@ -287,13 +285,13 @@ class Offloader:
             raise
         with self.spent.on("writeback"):
             self._bench.pipeline.wait()  # for the round before, and for what was gathered meanwhile
-            self.boundary()
+        self.boundary()
         with undivided():  # an interrupt waits: half a write-back would be no state at all
             self._boundary = None
             with self.spent.on("writeback"):
                 ranks.average_buffers(self.accelerator, self._bench.subnet.module)
-                self._bench.end(running.steps, self.rounds)
-            self.report = self._transfers.report(self._bench.delta_norm, difference)
+                written = self._bench.end(running.steps, self.rounds)
+            self.report = self._transfers.report(written.work, written.delta_norm, difference)
             if difference is not None:
                 self.structure.update(difference)
             self._bench.subnet.optimizer.zero_grad()  # of a batch that was never followed by a step

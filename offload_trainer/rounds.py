@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -54,20 +54,21 @@ class Boundary:
 
 @dataclass(frozen=True)
 class RoundReport:
-    """The last finished round, and the transfers between the end of the one before and its own."""
+    """The last finished round, and the newest write-back that had ended by then: of the same round or, where rounds
+    overlap, of the one before."""
 
     gather_ms: float = 0.0
-    """The host's part, as `writeback_ms`; in the background where rounds overlap."""
+    """The host's part of what was gathered since the write-back before; in the background where rounds overlap."""
     writeback_ms: float = 0.0
+    """The host's part of the write-back."""
     link_ms: float = 0.0
     """Between staging and device, both ways."""
     waited_ms: float = 0.0
-    """Of all of it, and of moving entries on the device, what training waited for."""
+    """What training waited for in the finished round: of all of it, and of moving entries on the device."""
     bytes_moved: int = 0
     """Gathered and written back."""
     delta_norm: float = 0.0
-    """Euclidean norm of what the newest write-back that had ended changed in the master: that of the finished round, or
-    where rounds overlap of the one before."""
+    """Euclidean norm of what that write-back changed in the master."""
     difference: float | None = None
     """d of the finished round: mean over its paired batches of L(m) − L(m′); None when it had no pairs."""
 
@@ -90,20 +91,20 @@ class RoundReport:
 class Transfers:
     """Tells what transfers took from round to round."""
 
-    def __init__(self, work: Work, spent: "Spent"):
-        self._work, self._spent = work, spent
-        self._before, self._waited = replace(work), spent.waited
+    def __init__(self, spent: "Spent"):
+        self._spent = spent
+        self._before, self._waited = Work(), spent.waited
 
-    def report(self, delta_norm: float, difference: float | None) -> RoundReport:
-        """Of the round that just ended, for the first time."""
-        now, before, waited = replace(self._work), self._before, self._spent.waited - self._waited
-        self._before, self._waited = now, self._spent.waited
+    def report(self, work: Work, delta_norm: float, difference: float | None) -> RoundReport:
+        """At the end of a round. work: of all transfers until the newest write-back ended, delta_norm: of that."""
+        before, waited = self._before, self._spent.waited - self._waited
+        self._before, self._waited = work, self._spent.waited
         return RoundReport(
-            gather_ms=1e3 * (now.gather - before.gather),
-            writeback_ms=1e3 * (now.writeback - before.writeback),
-            link_ms=1e3 * (now.link - before.link),
+            gather_ms=1e3 * (work.gather - before.gather),
+            writeback_ms=1e3 * (work.writeback - before.writeback),
+            link_ms=1e3 * (work.link - before.link),
             waited_ms=1e3 * waited,
-            bytes_moved=now.nbytes - before.nbytes,
+            bytes_moved=work.nbytes - before.nbytes,
             delta_norm=delta_norm,
             difference=difference,
         )

@@ -175,9 +175,10 @@ def test_types_change_on_the_device_in_pieces_and_the_link_carries_the_narrow_on
     shape = torch.Size([4 * LINK_CHUNK // 1000 + 1, 1000])
     plan = Plan(Groups((Group("u", shape[0], (Slot("a", 0),)),), {"a": shape}), {"u": list(range(0, shape[0], 2))})
     master = {"a": torch.randn(shape).bfloat16()}
-    slab = Slab({"a": plan.shape("a")}, torch.float32, CUDA)
+    shapes = {"a": plan.shape("a")}
+    slab, kinds = Slab(shapes, torch.float32, CUDA), [(torch.float32, torch.bfloat16, shapes)]
     moves = Transfer(CUDA)
-    moves.gather(master, slab, plan)
+    moves.fetch(master, kinds, [slab], plan, "weights")
     assert torch.equal(slab["a"].cpu(), master["a"][::2].float())
     step = 1e-3 * torch.randn(slab["a"].shape, device=CUDA)
     exact = step.double().square().sum().item()
@@ -185,9 +186,11 @@ def test_types_change_on_the_device_in_pieces_and_the_link_carries_the_narrow_on
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
     expected, rounding = slab["a"].cpu(), FP32.rounding(3, "weights")
-    squared = moves.write_back(slab, master, plan, delta=True, rounding=rounding)
+    staged = moves.staging(kinds, [slab], "weights")
+    excess = moves.unload([slab], staged, rounding)
+    squared = moves.merge(staged, master, plan, delta=True) - excess
     assert torch.cuda.max_memory_allocated() - held <= 20 * LINK_CHUNK + 2**20
     assert torch.equal(raw(master["a"][::2]), raw(rounding.narrow(expected, 0)))
     assert squared == pytest.approx(exact, rel=0.02)
-    assert moves.staging_bytes == slab.nbytes // 2 and moves.bytes_moved == slab.nbytes
+    assert moves.staging_bytes == slab.nbytes // 2 and moves.work.nbytes == slab.nbytes
     moves.close()

@@ -82,6 +82,10 @@ def llama() -> Case:
 CASES = {"mlp": mlp, "convolutional": convolutional, "llama": llama}
 
 
+def sliced(plan: Plan) -> frozenset[str]:
+    return plan.groups.sliced_by([group.name for group in plan.groups])
+
+
 def half(model: nn.Module, inputs: tuple | dict) -> tuple[Groups, Plan]:
     groups = find_groups(model, inputs)
     return groups, Plan(groups, Structure(groups, 0.5).top())
@@ -212,7 +216,7 @@ def test_device_peak_of_a_run(name: str, factory: Callable, state: Any) -> None:
     case = CASES[name]()
     model, batch, inputs, loss_fn = case
     groups, plan = half(model, inputs)
-    ledger = predictor(case, groups, factory, state == "carry").ledger(plan, reference=True)
+    ledger = predictor(case, groups, factory, state == "carry").ledger(plan, reference=True, sampled=sliced(plan))
     training = [phase for phase in ledger.phases if phase.name in ("forward and backward", "optimizer step")]
     predicted = max(phase.device_bytes - phase.device["batch"] for phase in training)
     structure = Structure(groups, 0.5, paired_batches=1)
@@ -226,6 +230,7 @@ def test_device_peak_of_a_run(name: str, factory: Callable, state: Any) -> None:
         sync_every=3,
         state=state,
         accelerator=accelerator,
+        overlap=False,
     ) as offloader:
 
         def two_rounds() -> None:
@@ -237,24 +242,34 @@ def test_device_peak_of_a_run(name: str, factory: Callable, state: Any) -> None:
     assert predicted == pytest.approx(measured, rel=0.05)
 
 
+@pytest.mark.parametrize("overlap", [False, True], ids=["one after another", "overlapping"])
 @pytest.mark.parametrize("precision", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["convolutional", "llama"])
-def test_master_and_link_are_what_the_offloader_moves(name: str, precision: Precision) -> None:
+def test_master_link_and_staging_are_what_the_offloader_takes(name: str, precision: Precision, overlap: bool) -> None:
     case = CASES[name]()
     model, batch, inputs, loss_fn = case
     groups, plan = half(model, inputs)
-    ledger = predictor(case, groups, adamw, True, precision).ledger(plan, reference=True)
+    told = replace(predictor(case, groups, adamw, True, precision), overlap=overlap, follows=True)
+    ledger = told.ledger(plan, reference=True, sampled=sliced(plan))
     structure = Structure(groups, 0.5, paired_batches=1)
     with Offloader(
-        model, groups, loss_fn, optimizer=adamw, structure=structure, sync_every=1, precision=precision
+        model,
+        groups,
+        loss_fn,
+        optimizer=adamw,
+        structure=structure,
+        sync_every=1,
+        precision=precision,
+        overlap=overlap,
     ) as offloader:
-        for _ in range(2):
+        for _ in range(4):
             offloader.loss(batch).backward()
             offloader.step()
-        # Of the second round: in the first there are no moments to gather.
+        # Not of the first round, in which there are no moments to gather.
         assert sum(ledger.link.values()) == offloader.report.bytes_moved
         held = sum(t.nbytes for t in offloader.master.values())
         held += sum(t.nbytes for tensors in offloader.moments.values() for t in tensors.values())
+        assert ledger.host_peak.host.get("staging", 0) == offloader._bench.transfer.staging_bytes
     predicted = sum(size for name, size in ledger.host_peak.host.items() if name.startswith("master "))
     assert held <= predicted <= held + 64 * 3 * len(groups.shapes)  # views start on whole cache lines
 
@@ -263,10 +278,10 @@ def test_frozen_parameters_have_neither_gradients_nor_moments() -> None:
     case = mlp()
     model, _, inputs, _ = case
     groups, plan = half(model, inputs)
-    whole = predictor(case, groups, adamw, True).ledger(plan, reference=False)
+    whole = predictor(case, groups, adamw, True).ledger(plan, reference=False, sampled=sliced(plan))
     model.requires_grad_(False)
     model[-1].requires_grad_(True)
-    frozen = predictor(case, groups, adamw, True).ledger(plan, reference=False)
+    frozen = predictor(case, groups, adamw, True).ledger(plan, reference=False, sampled=sliced(plan))
     before, after = (next(p for p in one.phases if p.name == "optimizer step") for one in (whole, frozen))
     last = 4 * (256 * 10 + 10)
     assert after.device["gradients"] == pytest.approx(last, abs=128)
@@ -281,7 +296,7 @@ def test_the_proof_of_a_large_model_takes_a_stand_in() -> None:
         model = nn.Sequential(nn.Linear(64, 2**16), nn.ReLU(), nn.Linear(2**16, 2**14), nn.ReLU(), nn.Linear(2**14, 5))
     case = (model, (torch.randn(8, 64), torch.randint(5, (8,))), (torch.zeros(3, 64),), on_labels)
     groups, plan = half(model, case[2])
-    proof = predictor(case, groups, sgd, True).ledger(plan, reference=True).phases[0]
+    proof = predictor(case, groups, sgd, True).ledger(plan, reference=True, sampled=sliced(plan)).phases[0]
     assert proof.name == "proof" and proof.host_bytes < 4 * PROVED_WHOLE
 
 
@@ -290,7 +305,7 @@ def test_savings_are_those_of_the_options() -> None:
     groups, plan = half(case[0], case[2])
 
     def master(carry: bool = True, precision: Precision = FP32) -> int:
-        ledger = predictor(case, groups, adamw, carry, precision).ledger(plan, reference=True)
+        ledger = predictor(case, groups, adamw, carry, precision).ledger(plan, reference=True, sampled=sliced(plan))
         return sum(size for name, size in ledger.host_peak.host.items() if name.startswith("master "))
 
     now = master()
@@ -306,11 +321,16 @@ def test_several_processes_hold_the_message_of_their_gradients() -> None:
     case = mlp()
     groups, plan = half(case[0], case[2])
     one = predictor(case, groups, sgd, True)
-    phases = {phase.name: phase for phase in replace(one, processes=2).ledger(plan, reference=True).phases}
+    phases = {
+        phase.name: phase
+        for phase in replace(one, processes=2).ledger(plan, reference=True, sampled=sliced(plan)).phases
+    }
     assert (
         phases["gradients averaged"].device["message and its mean"] == 2 * phases["optimizer step"].device["gradients"]
     )
-    assert "gradients averaged" not in {phase.name for phase in one.ledger(plan, reference=True).phases}
+    assert "gradients averaged" not in {
+        phase.name for phase in one.ledger(plan, reference=True, sampled=sliced(plan)).phases
+    }
 
 
 def test_a_loss_that_looks_at_values_is_said_not_to_be_counted() -> None:
@@ -321,10 +341,14 @@ def test_a_loss_that_looks_at_values_is_said_not_to_be_counted() -> None:
         return loss * 2 if loss.item() > 1 else loss
 
     groups, plan = half(model, inputs)
-    ledger = predictor((model, batch, inputs, looks), groups, adamw, True).ledger(plan, reference=True)
+    ledger = predictor((model, batch, inputs, looks), groups, adamw, True).ledger(
+        plan, reference=True, sampled=sliced(plan)
+    )
     assert len(ledger.notes) == 1 and "the loss does not run on fake tensors" in ledger.notes[0]
     metric = replace(predictor(mlp(), groups, adamw, True), metrics_fn=looks)
-    assert metric.ledger(plan, reference=True) == predictor(mlp(), groups, adamw, True).ledger(plan, reference=True)
+    assert metric.ledger(plan, reference=True, sampled=sliced(plan)) == predictor(mlp(), groups, adamw, True).ledger(
+        plan, reference=True, sampled=sliced(plan)
+    )
 
 
 def test_phases_follow_one_another() -> None:
@@ -377,7 +401,7 @@ def test_device_peak_of_a_run_on_a_gpu(name: str, factory: Callable) -> None:
     layout = probe_optimizer(factory, torch.float32, cuda)
     told = Predictor(
         model, groups, layout, FP32, factory, loss_fn, loss_fn, moved, moved, cuda, autocast=False, process=0
-    ).ledger(plan, reference=True)
+    ).ledger(plan, reference=True, sampled=sliced(plan))
     training = [phase for phase in told.phases if phase.name in ("forward and backward", "optimizer step")]
     predicted = max(phase.device_bytes for phase in training)
     torch.cuda.empty_cache()

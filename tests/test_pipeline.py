@@ -50,7 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
 def llama(seed: int = 1) -> nn.Module:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, head_dim=4, max_position_embeddings=16, tie_word_embeddings=True, attention_dropout=0.1,
     )  # fmt: skip
     return LlamaForCausalLM(config)
@@ -74,7 +74,7 @@ MODELS: dict[str, tuple[Callable[..., nn.Module], Callable[[int], list], Any, An
 def make(kind: str, *, overlap: bool, seed: int = 1, **case: Any) -> Offloader:
     model, _, loss, inputs = MODELS[kind]
     of_offloader = ("state", "precision", "reference", "clip_norm", "sync_every")
-    options = {"sync_every": 4} | {key: case.pop(key) for key in of_offloader if key in case}
+    options = {"sync_every": 3} | {key: case.pop(key) for key in of_offloader if key in case}
     factory = case.pop("factory", ADAMW)
     full = model(seed)
     groups = find_groups(full, inputs)
@@ -120,22 +120,24 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_overlapping_rounds_equal_others_bit_for_bit(kind: str, case: str) -> None:
     ended, losses, differences, plans = [], [], [], []
-    hidden = case not in ("fresh", "bernoulli", "cubic", "keep 1")
     for overlap in (False, True):
+        ahead: list[bool] = []
         with make(kind, overlap=overlap, **CASES[case]) as trainer:
             torch.manual_seed(5)
             losses.append([])
             differences.append([])
             plans.append([])
-            for batch in MODELS[kind][1](22):
+            for batch in MODELS[kind][1](17):
                 losses[-1] += run(trainer, [batch])
                 if trainer.between_rounds:
                     differences[-1].append(trainer.report.difference)
                 else:
                     plans[-1].append(trainer.plan.digest)
-                    assert trainer._bench._gathered if hidden and overlap else not trainer._bench._gathered
+                    ahead.append(bool(trainer._bench._gathered))
             trainer.finish_round()
             ended.append(result(trainer))
+        if case != "every step":
+            assert any(ahead) == (overlap and case not in ("fresh", "bernoulli", "keep 1"))
     assert losses[0] == losses[1] and differences[0] == differences[1] and plans[0] == plans[1]
     assert_same(*ended)
     if case not in ("keep 1", "one group", "every step"):
@@ -173,10 +175,10 @@ def test_a_run_that_settles_and_is_looked_at(precision: Precision) -> None:
 
 @pytest.mark.usefixtures("races")
 @pytest.mark.parametrize("first", [False, True], ids=["to overlapping", "from overlapping"])
-@pytest.mark.parametrize("steps", [4, 10, 15])
+@pytest.mark.parametrize("steps", [3, 8, 11])
 def test_a_run_is_resumed_either_way(tmp_path: Path, steps: int, first: bool) -> None:
     """A checkpoint taken at any step, while the background is at work, knows nothing of how the rounds were run."""
-    batches = data(24)
+    batches = data(18)
     with make("cnn", overlap=first) as whole:
         torch.manual_seed(5)
         run(whole, batches[:steps])
@@ -186,7 +188,7 @@ def test_a_run_is_resumed_either_way(tmp_path: Path, steps: int, first: bool) ->
         expected = result(whole)
     with make("cnn", overlap=not first, seed=7) as resumed:
         snapshot.restore(resumed, find_checkpoint(tmp_path))
-        assert resumed.steps == steps // 4 * 4
+        assert resumed.steps == steps // 3 * 3
         run(resumed, batches[resumed.steps :])
         resumed.finish_round()
         assert_same(expected, result(resumed))
@@ -196,12 +198,12 @@ def test_transfers_are_hidden_behind_a_round(monkeypatch: pytest.MonkeyPatch) ->
     """Gather and write-back may take as long as the round; training does not wait for them."""
     for name in ("gather_into", "scatter_from"):
 
-        def slow(*arguments: Any, _whole: Any = getattr(transfer, name), **options: Any) -> Any:
+        def slow(whole: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
             if threading.current_thread() is not threading.main_thread():
                 time.sleep(0.004)
-            return _whole(*arguments, **options)
+            return whole(*arguments, **options)
 
-        monkeypatch.setattr(transfer, name, slow)
+        monkeypatch.setattr(transfer, name, partial(slow, getattr(transfer, name)))
     reports = []
     with make("cnn", overlap=True, factory=SGD) as trainer:
         for batch in data(20):
@@ -220,7 +222,7 @@ def test_transfers_are_hidden_behind_a_round(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_the_background_raises_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     """With its traceback. A gather that failed has damaged nothing, a write-back has: nothing is saved of that."""
     with make("cnn", overlap=True) as trainer:
-        run(trainer, data(8))
+        run(trainer, data(6))
         trainer.master  # noqa: B018  the background is done
 
         def failing_on_purpose(*_: Any, **__: Any) -> None:
@@ -231,9 +233,9 @@ def test_what_the_background_raises_stops_the_run(tmp_path: Path, monkeypatch: p
             run(trainer, data(12))
         assert "failing_on_purpose" in "".join(traceback.format_tb(caught.tb))
         if step == "gather":
-            assert trainer.boundary().numbers["steps"] in (8, 12)
+            assert trainer.boundary().numbers["steps"] in (6, 9)
             snapshot.save(trainer, CheckpointStore(tmp_path))
-            assert find_checkpoint(tmp_path).meta["step"] in (8, 12)
+            assert find_checkpoint(tmp_path).meta["step"] in (6, 9)
         else:
             with pytest.raises(RuntimeError, match="broken off"):
                 snapshot.save(trainer, CheckpointStore(tmp_path))
@@ -249,11 +251,11 @@ def test_an_interrupt_at_any_moment_neither_hangs_nor_divides_a_write_back(tmp_p
     with make("cnn", overlap=True) as whole:
         torch.manual_seed(5)
         for i, batch in enumerate(batches):
-            if i % 4 == 0:
+            if i % 3 == 0:
                 states[i] = result(whole)
             run(whole, [batch])
     chance = random.Random(1)
-    for attempt in range(8):
+    for attempt in range(6):
         timer = threading.Timer(chance.uniform(0.05, 0.6), os.kill, (os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt), make("cnn", overlap=True) as trainer:
             timer.start()
@@ -279,7 +281,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_round(tmp_path: Path) -> None
         run(trainer, batches[:12])
         before = result(trainer)
         bad = [(batches[12][0] * float("nan"), batches[12][1])]
-        with pytest.raises(UserError, match="the loss is nan at step 13, round 3"):
+        with pytest.raises(UserError, match="the loss is nan at step 13, round 4"):
             run(trainer, bad + batches[13:16])
         assert_same(before, result(trainer))
         assert trainer.steps == 12

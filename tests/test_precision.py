@@ -7,12 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from offload_trainer import Offloader, Structure, UserError, find_groups, snapshot
 from offload_trainer.device import memory, transfer
-from offload_trainer.device.transfer import Transfer, gather_into, scatter_from
+from offload_trainer.device.transfer import Layout, Transfer
 from offload_trainer.groups import Group, Groups, Plan, Slot
 from offload_trainer.groups.slicing import named_tensors
 from offload_trainer.master import CheckpointStore, Master, Slab, StateLayout, find_checkpoint
@@ -136,38 +134,6 @@ def test_an_update_below_half_a_step_of_bfloat16_survives_in_expectation() -> No
 # Transfers (whole, against indexing: test_transfer.py)
 
 
-class Largest(TorchDispatchMode):
-    """The largest storage that any op made, in bytes."""
-
-    def __init__(self, *known: Tensor | None):
-        super().__init__()
-        self.known, self.size = {tensor.untyped_storage().data_ptr() for tensor in known if tensor is not None}, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in self.known:
-                self.size = max(self.size, leaf.untyped_storage().nbytes())
-        return result
-
-
-@pytest.mark.parametrize("shape", [(64, 64), (4096,), (1, 4096), (4, 32, 32), (2, 2, 32, 32)], ids=str)
-@pytest.mark.parametrize("sliced", ["nothing", "the first axis", "the last axis", "both"])
-def test_what_changes_type_does_so_in_small_pieces(
-    shape: tuple[int, ...], sliced: str, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(transfer, "CHUNK", 512)
-    full = torch.randn(shape).bfloat16()
-    index: list[Tensor | None] = [None] * len(shape)
-    for axis in {"nothing": (), "the first axis": (0,), "the last axis": (-1,), "both": (0, -1)}[sliced]:
-        index[axis] = torch.arange(0, shape[axis], 2)
-    out = torch.zeros(full[mesh(full, tuple(index))].shape)
-    with Largest(full, out, *index) as made:
-        gather_into(out, full, tuple(index))
-        scatter_from(out, full, tuple(index), delta=True, rounding=FP32.rounding(0, "weights"))
-    assert 0 < made.size <= 8 * 512  # the indices of 128 elements are eight bytes each
-
-
 def slabs_through(staged: bool, pinned: list[int]) -> tuple[Tensor, Transfer, float, float]:
     """A narrow master after a round whose subnet moved a little; the transfer, its delta and the exact one."""
     shape = torch.Size([301, 77])  # odd, so that the pieces over the link begin within a hash
@@ -176,18 +142,23 @@ def slabs_through(staged: bool, pinned: list[int]) -> tuple[Tensor, Transfer, fl
     generator = torch.Generator().manual_seed(0)
     master = {name: torch.randn(size, generator=generator).bfloat16() for name, size in groups.shapes.items()}
     moves = Transfer(torch.device("cpu"))
-    moves._staged = staged
-    slab = Slab({name: plan.shape(name) for name in groups.shapes}, torch.float32)
-    moves.gather(master, slab, plan)
+    moves._apart = moves._pin = staged
+    shapes = {name: plan.shape(name) for name in groups.shapes}
+    kinds: list[Layout] = [(torch.float32, torch.bfloat16, shapes)]
+    slab = Slab(shapes, torch.float32)
+    moves.fetch(master, kinds, [slab], plan, "weights")
     exact = 0.0
     for name, part in slab.items():
         assert torch.equal(part, master[name][mesh(master[name], plan.indices(name))].float())
         step = 1e-3 * torch.randn(part.shape, generator=generator)
         part += step
         exact += step.double().square().sum().item()
-    squared = moves.write_back(slab, master, plan, delta=True, rounding=FP32.rounding(5, "weights"))
-    assert moves.bytes_moved == 2 * slab.nbytes // 2
-    assert moves.staging_bytes == (slab.nbytes // 2 if staged else 0) and bool(pinned) == staged
+    out, expected = moves.staging(kinds, [slab], "weights"), FP32.rounding(5, "weights").narrow(slab.flat, 0)
+    excess = moves.unload([slab], out, FP32.rounding(5, "weights"))
+    assert torch.equal(out[0].flat, expected) and torch.equal(slab.flat, expected.float())
+    squared = moves.merge(out, master, plan, delta=True) - excess
+    assert moves.work.nbytes == 2 * slab.nbytes // 2
+    assert moves.staging_bytes == slab.nbytes // 2 and bool(pinned) == staged
     moves.close()
     return torch.cat([tensor.flatten() for tensor in master.values()]), moves, squared, exact
 
@@ -200,7 +171,7 @@ def test_rounding_before_the_link_or_on_the_host_is_the_same(
     here, _, squared, exact = slabs_through(False, pinned)
     there, _, estimated, _ = slabs_through(True, pinned)
     assert torch.equal(here.view(torch.int16), there.view(torch.int16))
-    assert squared == pytest.approx(exact, rel=1e-4)
+    assert squared == pytest.approx(estimated, rel=1e-5)
     assert estimated == pytest.approx(exact, rel=0.005)  # 40,000 elements, each moved less than it is rounded
 
 
@@ -297,7 +268,9 @@ def kept(plan: Plan, name: str, tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("sampler", ["fixed", "bernoulli"])
 @pytest.mark.parametrize("factory", [SGD, ADAMW], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("state", ["carry", "reset"])
-def test_a_round_rounds_what_the_plan_keeps_and_changes_no_bit_else(factory: Factory, sampler: str, state: str) -> None:
+def test_a_round_rounds_what_the_plan_keeps_and_changes_no_bit_else(
+    monkeypatch: pytest.MonkeyPatch, factory: Factory, sampler: str, state: str
+) -> None:
     """Convolutions and BatchNorm, whose statistics are no weights and exact."""
     with offloader(network(), factory, sampler=sampler, state=state, precision=BF16) as trainer:
         for batches in (data(28)[i : i + 7] for i in range(0, 28, 7)):
@@ -307,21 +280,37 @@ def test_a_round_rounds_what_the_plan_keeps_and_changes_no_bit_else(factory: Fac
             stores = {"weights": trainer.master, **trainer.moments}
             before = {kind: {n: t.clone() for n, t in store.items()} for kind, store in stores.items()}
             gathered = {name: tensor.detach().clone() for name, tensor in named_tensors(subnet).items()}
-            run(trainer, batches)
+            run(trainer, batches[:-1])
+            loss = trainer.loss(batches[-1])
+            trainer.accelerator.backward(loss)
+            after = {}
+            end = trainer._bench.end
+            monkeypatch.setattr(
+                trainer._bench,
+                "end",
+                lambda *numbers, end=end, after=after, subnet=subnet: (
+                    after.update({n: t.detach().clone() for n, t in named_tensors(subnet).items()}),
+                    end(*numbers),
+                ),
+            )
+            trainer.step()
+            monkeypatch.undo()
+            trainer.finish_round()
             norm = 0.0
             for kind, store in stores.items():
                 for name, tensor in store.items():
                     inside = kept(plan, name, tensor)
                     assert torch.equal(tensor[~inside], before[kind][name][~inside]), (kind, name)
                     if kind == "weights":
-                        trained = named_tensors(subnet)[name].detach()
+                        trained = after[name]
                         found, exact = tensor[inside].float(), trained.flatten().float()
                         ends = (exact, exact) if tensor.dtype != torch.bfloat16 else (below(exact), above(exact))
                         assert bool(((found == ends[0]) | (found == ends[1])).all()), name
                         assert torch.equal(gathered[name].flatten().float(), before[kind][name][inside].float())
                         if trained.is_floating_point():
-                            norm += (trained - gathered[name]).double().square().sum().item()
-            assert trainer.report.delta_norm == pytest.approx(norm**0.5, rel=1e-4)
+                            old, new = gathered[name].flatten().double(), found.double()
+                            norm += float((new - old).square().sum() - (new - exact.double()).square().sum())
+            assert trainer._bench.written.delta_norm == pytest.approx(norm**0.5, rel=1e-4)
         assert set(trainer.moments) == (
             set(trainer.optimizer.state_dict()["state"][0]) - {"step"} if state == "carry" else set()
         )

@@ -6,8 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offload_trainer.device import memory, transfer
-from offload_trainer.device.transfer import Transfer, gather_into, scatter_from
+from offload_trainer.device import elements, memory
+from offload_trainer.device.elements import gather_into, scatter_from
+from offload_trainer.device.transfer import Layout, Transfer
 from offload_trainer.groups import Group, Groups, Plan, Slot
 from offload_trainer.master.precision import FP32
 from offload_trainer.master.slab import Slab
@@ -34,7 +35,7 @@ def mesh(full: Tensor, index: Index) -> tuple[Tensor, ...]:
 
 @pytest.fixture(autouse=True, params=[1, 60, 2**21], ids=["a row a chunk", "a few rows a chunk", "one chunk"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(transfer, "CHUNK", request.param)
+    monkeypatch.setattr(elements, "CHUNK", request.param)
 
 
 @given(cases())
@@ -69,41 +70,6 @@ def test_a_round_trip_without_training_changes_nothing(case: tuple[Tensor, Index
     assert torch.equal(full.view(torch.uint8), before.view(torch.uint8))
 
 
-@given(cases())
-def test_a_gather_from_a_narrower_master_widens(case: tuple[Tensor, Index]):
-    full, index = case[0].bfloat16(), case[1]
-    expected = full[mesh(full, index)].float()
-    out = torch.zeros(expected.shape)
-    gather_into(out, full, index)
-    assert torch.equal(out, expected)
-
-
-@settings(max_examples=40, deadline=None)  # in the smallest pieces every element is one
-@given(cases(), st.integers(0, 3))
-def test_a_write_back_to_a_narrower_master_rounds_each_kept_entry_by_its_place(case: tuple[Tensor, Index], round: int):
-    """The same bits however it is cut into pieces, and no bit of the other entries."""
-    full, index = case[0].bfloat16(), case[1]
-    places, rounding = mesh(full, index), FP32.rounding(round, "weights")
-    old = full[places].float()
-    values = old * 1.003 + 1
-    expected = full.clone()
-    expected[places] = rounding.narrow(values, 0)
-    squared = scatter_from(values, full, index, delta=True, rounding=rounding)
-    assert torch.equal(full.view(torch.int16), expected.view(torch.int16))
-    assert squared == pytest.approx((values - old).double().square().sum().item(), rel=1e-5)
-
-
-@settings(max_examples=40, deadline=None)
-@given(cases())
-def test_a_round_trip_through_float32_changes_nothing(case: tuple[Tensor, Index]):
-    full, index = case[0].bfloat16(), case[1]
-    before = full.clone()
-    out = torch.zeros(full[mesh(full, index)].shape)
-    gather_into(out, full, index)
-    scatter_from(out, full, index, rounding=FP32.rounding(0, "weights"))
-    assert torch.equal(full.view(torch.int16), before.view(torch.int16))
-
-
 def test_entries_outside_survive_whatever_they_hold():
     """NaN and negative zero, which arithmetic would not keep."""
     full = torch.full((5, 4), float("nan"))
@@ -135,16 +101,20 @@ def test_slabs_move_whole(pinned: list[int], units: set[int], heads: set[int], s
     master = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     before = {name: tensor.clone() for name, tensor in master.items()}
     moves = Transfer(torch.device("cpu"))
-    moves._staged = staged
-    slab = Slab({name: plan.shape(name) for name in shapes}, torch.float32)
-    moves.gather(master, slab, plan)
+    moves._apart = moves._pin = staged
+    sliced = {name: plan.shape(name) for name in shapes}
+    kinds: list[Layout] = [(torch.float32, torch.float32, sliced)]
+    slab = Slab(sliced, torch.float32)
+    moves.fetch(master, kinds, [slab], plan, "weights")
     for name, part in slab.items():
         assert torch.equal(part, master[name][mesh(master[name], plan.indices(name))])
         part += 1
-    squared = moves.write_back(slab, master, plan, delta=True)
+    out = moves.staging(kinds, [slab], "weights")
+    assert moves.unload([slab], out, FP32.rounding(0, "weights")) == 0
+    squared = moves.merge(out, master, plan, delta=True)
     numel = sum(part.numel() for part in slab.values())
     assert squared == pytest.approx(numel, rel=1e-5)
-    assert moves.bytes_moved == 2 * slab.nbytes
+    assert moves.work.nbytes == 2 * slab.nbytes
     assert moves.staging_bytes == (slab.nbytes if staged else 0)
     for name, tensor in master.items():
         places = mesh(tensor, plan.indices(name))
@@ -157,10 +127,11 @@ def test_slabs_move_whole(pinned: list[int], units: set[int], heads: set[int], s
 
 def test_staging_is_reused_while_shapes_stay_and_replaced_when_they_change(pinned: list[int]):
     moves = Transfer(torch.device("cpu"))
-    moves._staged = True
+    moves._apart = moves._pin = True
     groups = Groups((Group("u", 4, (Slot("a", 0),)),), {"a": torch.Size([4, 2])})
     for kept, rows in (([0, 1], 2), ([1, 3], 2), ([0, 1, 2], 3)):
         plan = Plan(groups, {"u": kept})
-        slab = Slab({"a": plan.shape("a")}, torch.float32)
-        moves.gather({"a": torch.ones(4, 2)}, slab, plan)
+        shapes = {"a": plan.shape("a")}
+        slab = Slab(shapes, torch.float32)
+        moves.fetch({"a": torch.ones(4, 2)}, [(torch.float32, torch.float32, shapes)], [slab], plan, "weights")
         assert slab["a"].shape == (rows, 2) and moves.staging_bytes == slab.nbytes and len(pinned) == 1

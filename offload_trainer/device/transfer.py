@@ -9,7 +9,7 @@ A write-back to a narrower master rounds at random (master/precision.py) and lea
 between rounds the device holds what the master holds.
 """
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -64,13 +64,22 @@ class Transfer:
     """
 
     def __init__(self, device: torch.device, *, overlap: bool = False):
-        self._device, self._apart = device, overlap or device.type != "cpu"
+        self._device, self._pin = device, device.type == "cuda"
+        self._apart = overlap or device.type != "cpu"
         self._staging: dict[tuple, Slab] = {}
         self.work = Work()
 
     @property
     def staging_bytes(self) -> int:
         return sum(slab.nbytes for slab in self._staging.values())
+
+    def fetch(
+        self, full: Mapping[str, Tensor], kinds: Iterable[Layout], slabs: Sequence[Slab], plan: Plan, use: str
+    ) -> None:
+        """Device ← what the plan keeps of the master: both steps at once."""
+        staged = self.staging(kinds, slabs, use)
+        self.gather(full, staged, plan)
+        self.load(staged, slabs)
 
     def gather(self, full: Mapping[str, Tensor], staged: Iterable[Slab], plan: Plan) -> None:
         """Staging ← what the plan keeps of the master."""
@@ -145,7 +154,7 @@ class Transfer:
         if slab is None or any(slab[name].shape != shape for name, shape in shapes.items()):
             if slab is not None:
                 self._staging.pop(key).close()
-            self._staging[key] = Slab(shapes, dtype, pin=self._device.type == "cuda")
+            self._staging[key] = Slab(shapes, dtype, pin=self._pin)
         return self._staging[key]
 
     def close(self) -> None:

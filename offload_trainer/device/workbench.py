@@ -7,6 +7,7 @@ others: at the swap, entries shared with the plan trained last are copied over o
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,11 +18,21 @@ from offload_trainer.device import memory
 from offload_trainer.device.elements import patch
 from offload_trainer.device.pipeline import Pipeline
 from offload_trainer.device.subnet import Subnet, TrainedSubnet
-from offload_trainer.device.transfer import Transfer, limited
+from offload_trainer.device.transfer import Transfer, Work, limited
 from offload_trainer.groups.plan import Plan
 from offload_trainer.master.master import Master
 from offload_trainer.master.moments import OptimizerFactory, StateLayout
 from offload_trainer.master.slab import Slab
+
+
+@dataclass(frozen=True)
+class Written:
+    """A write-back that has come to its end."""
+
+    delta_norm: float = 0.0
+    """Of what it changed in the master."""
+    work: Work = field(default_factory=Work)
+    """Of all transfers until then."""
 
 
 class Workbench:
@@ -62,8 +73,8 @@ class Workbench:
         """Steps of the moments of entries of mixed age (see master/moments.py)."""
         self.trained = ""
         """Digest of the plan trained last: a plan that is trained twice running keeps its clock."""
-        self.delta_norm = 0.0
-        """Norm of what the last complete write-back changed."""
+        self.written = Written()
+        """The last write-back that came to its end."""
         self.broken = False
         """A write-back was begun and has not come to its end."""
 
@@ -98,9 +109,13 @@ class Workbench:
             self._gathered = following
             self.pipeline.do(partial(self._gather_ahead, *following))
 
-    def end(self, steps: int, round: int) -> None:
-        """End a round, of this number, of `steps` steps: everything → master, where it is once `wait` returns."""
+    def end(self, steps: int, round: int) -> Written:
+        """End a round, of this number, of `steps` steps: everything → master, where it is once the pipeline is done.
+
+        Returns how the newest write-back went that has come to its end: this one or, where rounds overlap, the last.
+        """
         self.pipeline.wait()
+        before = self.written
         subnet, rounding = self.subnet, self._master.precision.rounding
         subnet.end()
         self.clock += steps
@@ -112,7 +127,8 @@ class Workbench:
             staged = self.transfer.staging(subnet.moment_kinds(moment), slabs, moment)
             self.transfer.unload(slabs, staged, rounding(round, moment))
             self.pipeline.do(partial(self._merge_moments, staged, moment, subnet.plan))
-        self.pipeline.do(self._written)
+        self.pipeline.do(self._ended)
+        return before if self._overlap else self.written
 
     @torch.no_grad()
     def reference_loss(self, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
@@ -142,10 +158,8 @@ class Workbench:
             self.forward = torch.compile(self._subnet.module) if self._compile else self._subnet.module
         self._load(self.subnet, plan)
         for moment in self.subnet.moments if self._master.scalars else ():
-            slabs = self.subnet.moment_slabs(moment)
-            staged = self.transfer.staging(self.subnet.moment_kinds(moment), slabs, moment)
-            self.transfer.gather(self._master.moments[moment], staged, plan)
-            self.transfer.load(staged, slabs)
+            kinds, slabs = self.subnet.moment_kinds(moment), self.subnet.moment_slabs(moment)
+            self.transfer.fetch(self._master.moments[moment], kinds, slabs, plan, moment)
 
     def _take_reference(self, plan: Plan | None) -> None:
         if plan is None:
@@ -158,10 +172,8 @@ class Workbench:
         self._load(self._reference, plan)
 
     def _load(self, subnet: Subnet, plan: Plan) -> None:
+        self.transfer.fetch(self._master.tensors, subnet.kinds, subnet.slabs, plan, "weights")
         subnet.plan = plan
-        staged = self.transfer.staging(subnet.kinds, subnet.slabs, "weights")
-        self.transfer.gather(self._master.tensors, staged, plan)
-        self.transfer.load(staged, subnet.slabs)
 
     def _ahead(self) -> tuple[list[Slab], dict[str, list[Slab]]]:
         """Staging of what is gathered ahead: weights, and moments by name, of tensors that some plan slices.
@@ -209,13 +221,13 @@ class Workbench:
         self.broken = True
         squared = self.transfer.merge(staged, self._master.tensors, plan, delta=True)
         # Of rounded values: an unbiased estimate, less what rounding adds to it in expectation.
-        self._squared = max(0.0, squared - excess)
+        self._delta_norm = max(0.0, squared - excess) ** 0.5
 
     def _merge_moments(self, staged: list[Slab], moment: str, plan: Plan) -> None:
         self.transfer.merge(staged, self._master.moments[moment], plan)
 
-    def _written(self) -> None:
-        self.delta_norm, self.broken = self._squared**0.5, False
+    def _ended(self) -> None:
+        self.written, self.broken = Written(self._delta_norm, replace(self.transfer.work)), False
 
     def clear(self) -> None:
         """Forget what is on the device."""

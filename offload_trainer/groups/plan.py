@@ -99,7 +99,8 @@ class Groups:
 
     def sliced_by(self, names: Iterable[str]) -> frozenset[str]:
         """The tensors that the groups of these names slice. Raises `UserError` for a name that is not there."""
-        unknown = [name for name in names if name not in {group.name for group in self.groups}]
+        names, known = list(names), {group.name for group in self.groups}
+        unknown = [name for name in names if name not in known]
         if unknown:
             raise UserError(
                 f"the structure has group {unknown[0]!r}, which the model's groups do not: make both of one"

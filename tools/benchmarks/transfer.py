@@ -13,6 +13,7 @@ from offload_trainer.device.subnet import Subnet
 from offload_trainer.device.transfer import Transfer
 from offload_trainer.groups import Groups, random_plan
 from offload_trainer.master import Master, Slab, StateLayout
+from offload_trainer.master.precision import FP32
 
 KEEP = (0.5, 0.25)  # of every group, so of every axis
 REPEATS = {"quick": 3, "cpu": 11, "cuda": 11}
@@ -53,20 +54,32 @@ def compare(setting: Setting, master: Master, groups: Groups, transfer: Transfer
     generator = torch.Generator().manual_seed(0)
     # A new plan each time, as in a run: the indices of its elements are worked out while gathering.
     plans = [random_plan(groups, generator, keep) for _ in range(repeats + 2)]
-    subnet = Subnet(master, plans.pop(), transfer, device)
+    plan = plans.pop()
+    subnet = Subnet(master, plan, device)
+    staged = transfer.staging(subnet.kinds, subnet.slabs, "weights")
     numel = sum(slab.flat.numel() for slab in subnet.slabs)
     host = Slab({"copied": torch.Size([numel])}, torch.float32, pin=device.type == "cuda")
     there = Slab({"copied": torch.Size([numel])}, torch.float32, device)
     host.flat.fill_(1)
     there.flat.fill_(1)
+
+    def gather() -> None:
+        nonlocal plan
+        plan = plans.pop()
+        transfer.fetch(master.tensors, subnet.kinds, subnet.slabs, plan, "weights")
+
+    def write_back(*, delta: bool) -> None:
+        transfer.unload(subnet.slabs, staged, FP32.rounding(0, "weights"))
+        transfer.merge(staged, master.tensors, plan, delta=delta)
+
     try:
         seconds = take_turns(
             {
                 "copy in": lambda: there.flat.copy_(host.flat),
-                "gather": lambda: subnet.load(plans.pop()),
+                "gather": gather,
                 "copy out": lambda: host.flat.copy_(there.flat),  # far from the other copy, whose buffers it shares
-                "writeback": lambda: subnet.write_back(delta=False),
-                "writeback+delta": lambda: subnet.write_back(delta=True),
+                "writeback": lambda: write_back(delta=False),
+                "writeback+delta": lambda: write_back(delta=True),
             },
             repeats,
             device,
