@@ -23,8 +23,8 @@ class Forecast:
     verdicts: tuple[Verdict, ...]
     reason: str | None
     """Why the keep ratio is what it is, where it was chosen for the device."""
-    link: Link | None = None
-    """Speeds, where they were probed."""
+    link: Link
+    """Speeds, as they were probed."""
     export: str | None = None
     """What a user must know of the export."""
     notes: tuple[str, ...] = ()
@@ -68,8 +68,7 @@ class Forecast:
         for verdict in self.verdicts:
             word = Text("fits", "green") if verdict.fits else Text("does not fit", "bold red")
             table.add_row(Text(verdict.place, "bold"), Text.assemble(word, ": ", verdict.text))
-        if self.link is not None:
-            table.add_row(Text("link", "bold"), Text(self._link_time(self.link)))
+        table.add_row(Text("link", "bold"), Text(self._link_time(self.link)))
         for name, text in (
             ("ρ", self.reason),
             ("export", self.export),

@@ -23,14 +23,17 @@ if TYPE_CHECKING:
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 WIDTH = 40  # of the two charts, in characters: the bins of the histogram of s
 ACCENT = "cyan"
-FACTS = {  # what is shown of a record: key → name in the live view, name in a line
+FACTS: dict[str, tuple[str, str | None]] = {  # shown of a record: key → name in the live view, in a line (None: not)
     "loss": ("loss", "loss "),
     "val_loss": ("validation loss", "val loss "),
     "val_accuracy": ("validation accuracy", "val accuracy "),
     "keep": ("keep ratio ρ", "ρ "),
     "round": ("round", "round "),
     "per_second": ("speed", ""),
-    "transfer_share": ("transfers", "transfers "),
+    "transfer_share": ("waiting for transfers", "waiting "),
+    "bytes_per_second": ("transfers", None),
+    "link_share": ("of the link's speed", None),
+    "overlapped_share": ("hidden behind training", None),
     "host_bytes": ("host memory", "host "),
     "device_bytes": ("device memory", "device "),
 }
@@ -88,8 +91,7 @@ class Monitor:
     def log(self, record: Record) -> None:
         """Writes a record (it has a `step`) as one line, hands its numbers to the trackers and shows it.
 
-        All of it is written, NaN and infinity as null. Shown are loss, val_loss, val_accuracy, keep, round,
-        {unit}_per_second, transfer_share (of the time, in [0, 1]), host_bytes and device_bytes, as far as present.
+        All of it is written, NaN and infinity as null. Shown is what `FACTS` names, as far as present.
         """
         if not self.main:
             return
@@ -101,7 +103,7 @@ class Monitor:
             self.accelerator.log(numbers, step=record["step"])
         self.remember(record)
         if not self.live:
-            words = [name + value for (_, name), value in self._facts(record)]
+            words = [name + value for (_, name), value in self._facts(record) if name is not None]
             self.message("  ".join([f"step {record['step']}/{self.steps}", *words, f"left {self._left()}"]))
 
     def show(self, s: "Tensor") -> None:
@@ -170,7 +172,7 @@ class Monitor:
             yield Text()
             yield _chart(shares, 4, "0", "units by probability s", "1")
 
-    def _facts(self, record: Record) -> Iterator[tuple[tuple[str, str], str]]:
+    def _facts(self, record: Record) -> Iterator[tuple[tuple[str, str | None], str]]:
         """What is shown of a record: its two names, and its value in words."""
         for key, names in FACTS.items():
             key = f"{self.unit}_per_second" if key == "per_second" else key
@@ -264,6 +266,8 @@ def _worded(key: str, value: Any) -> str:
         return str(value)
     if key.endswith("_bytes"):
         return _scaled(value, 1024, [" B", " KiB", " MiB", " GiB", " TiB"])
+    if key.endswith("bytes_per_second"):
+        return _scaled(value, 1000, [" B/s", " kB/s", " MB/s", " GB/s"])
     if key.endswith("_per_second"):
         unit = key.rpartition(".")[2].removesuffix("_per_second")
         return f"{_scaled(value, 1000, ['', 'k', 'M', 'G'])} {unit}/s"

@@ -90,7 +90,7 @@ class Offloader:
         self._bench = Workbench(
             self._master, self.device, optimizer, layout, sampled=sampled, carry=carry, compile=compile, overlap=overlap
         )
-        self._transfers = Transfers(self.spent)
+        self.transfers = Transfers(self.spent)
         self._boundary: Boundary | None = self._make_boundary()
 
     # What a training loop calls
@@ -291,7 +291,7 @@ class Offloader:
             with self.spent.on("writeback"):
                 ranks.average_buffers(self.accelerator, self._bench.subnet.module)
                 written = self._bench.end(running.steps, self.rounds)
-            self.report = self._transfers.report(written.work, written.delta_norm, difference)
+            self.report = self.transfers.report(written.work, written.delta_norm, difference)
             if difference is not None:
                 self.structure.update(difference)
             self._bench.subnet.optimizer.zero_grad()  # of a batch that was never followed by a step

@@ -193,7 +193,7 @@ def make_forecast(
     ]
     if decision.verdict is not None:
         verdicts.insert(1, decision.verdict)
-    link = probe_link(accelerator.device) if config.dry_run else None
+    link = probe_link(accelerator.device)
     notes = []
     if predictor.varying:
         notes.append("widths vary from round to round (structure.sampler, budget): these are of plans of the mean size")

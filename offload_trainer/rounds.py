@@ -3,8 +3,8 @@
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -53,43 +53,52 @@ class Boundary:
 
 
 @dataclass(frozen=True)
-class RoundReport:
-    """The last finished round, and the newest write-back that had ended by then: of the same round or, where rounds
-    overlap, of the one before."""
+class Moved:
+    """What transfers took over a while."""
 
     gather_ms: float = 0.0
-    """The host's part of what was gathered since the write-back before; in the background where rounds overlap."""
+    """The host's part of gathering, in the background where rounds overlap."""
     writeback_ms: float = 0.0
-    """The host's part of the write-back."""
+    """The host's part of the write-back, likewise."""
     link_ms: float = 0.0
     """Between staging and device, both ways."""
     waited_ms: float = 0.0
-    """What training waited for in the finished round: of all of it, and of moving entries on the device."""
+    """What training waited for: of all of it, and of moving entries on the device."""
     bytes_moved: int = 0
     """Gathered and written back."""
+
+    @classmethod
+    def between(cls, before: Work, after: Work, waited: float) -> Self:
+        """waited: in seconds."""
+        return cls(
+            gather_ms=1e3 * (after.gather - before.gather),
+            writeback_ms=1e3 * (after.writeback - before.writeback),
+            link_ms=1e3 * (after.link - before.link),
+            waited_ms=1e3 * waited,
+            bytes_moved=after.nbytes - before.nbytes,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """With the speed of all transfers, wherever they ran, and the share of their time that was not waited for."""
+        took = self.gather_ms + self.writeback_ms + self.link_ms
+        speed = 1e3 * self.bytes_moved / took if took else 0.0
+        hidden = max(0.0, 1 - self.waited_ms / took) if took else 0.0
+        return {**asdict(self), "bytes_per_second": speed, "overlapped_share": hidden}
+
+
+@dataclass(frozen=True)
+class RoundReport(Moved):
+    """The last finished round, and the newest write-back that had ended by then: of the same round or, where rounds
+    overlap, of the one before. What was moved is that write-back, and what was gathered since the one before it."""
+
     delta_norm: float = 0.0
     """Euclidean norm of what that write-back changed in the master."""
     difference: float | None = None
     """d of the finished round: mean over its paired batches of L(m) − L(m′); None when it had no pairs."""
 
-    @property
-    def bytes_per_second(self) -> float:
-        """Of all transfers, wherever they ran; 0 where there were none."""
-        took = self.gather_ms + self.writeback_ms + self.link_ms
-        return 1e3 * self.bytes_moved / took if took else 0.0
-
-    @property
-    def overlapped(self) -> float:
-        """Share of the transfers' time that training did not wait for."""
-        took = self.gather_ms + self.writeback_ms + self.link_ms
-        return max(0.0, 1 - self.waited_ms / took) if took else 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "bytes_per_second": self.bytes_per_second, "overlapped": self.overlapped}
-
 
 class Transfers:
-    """Tells what transfers took from round to round."""
+    """Tells what transfers took from round to round, and in all."""
 
     def __init__(self, spent: "Spent"):
         self._spent = spent
@@ -97,17 +106,13 @@ class Transfers:
 
     def report(self, work: Work, delta_norm: float, difference: float | None) -> RoundReport:
         """At the end of a round. work: of all transfers until the newest write-back ended, delta_norm: of that."""
-        before, waited = self._before, self._spent.waited - self._waited
+        moved = RoundReport.between(self._before, work, self._spent.waited - self._waited)
         self._before, self._waited = work, self._spent.waited
-        return RoundReport(
-            gather_ms=1e3 * (work.gather - before.gather),
-            writeback_ms=1e3 * (work.writeback - before.writeback),
-            link_ms=1e3 * (work.link - before.link),
-            waited_ms=1e3 * waited,
-            bytes_moved=work.nbytes - before.nbytes,
-            delta_norm=delta_norm,
-            difference=difference,
-        )
+        return replace(moved, delta_norm=delta_norm, difference=difference)
+
+    def total(self) -> Moved:
+        """Of all rounds that were reported."""
+        return Moved.between(Work(), self._before, self._waited)
 
 
 @dataclass

@@ -21,6 +21,7 @@ from offload_trainer.forecast import show_forecast
 from offload_trainer.groups import Plan
 from offload_trainer.importance import importance
 from offload_trainer.master import CheckpointStore, whole_folder
+from offload_trainer.master.interrupts import undivided
 from offload_trainer.monitor import Monitor
 from offload_trainer.offloader import Offloader
 from offload_trainer.prepare import Prepared, prepare, resumable
@@ -91,18 +92,24 @@ def train(config: Config) -> None:
                 set_learning_rate(offloader.optimizer, config, offloader.steps)
                 loss = offloader.loss(batch)
                 accelerator.backward(loss)
-                offloader.step()
-                meter.add(task.count(batch) * accelerator.num_processes, loss)
-
-                step = offloader.steps
-                validation: dict[str, float] = {}
-                ended = offloader.between_rounds and step < config.steps
-                if ended and due(config.track.eval_every, boundary, step):
-                    with meter.paused("evaluation"):
-                        validation = validate(config, run, offloader)
-                if step % config.track.log_every == 0 or validation or step == config.steps:
-                    monitor.show(run.structure.flat if run.structure.names else torch.ones(1))
-                    monitor.log({"step": step, **meter.read(accelerator)} | validation | offloader.measured())
+                record: dict[str, Any] = {}
+                with undivided():  # no step without its record
+                    offloader.step()
+                    meter.add(task.count(batch) * accelerator.num_processes, loss)
+                    step = offloader.steps
+                    ended = offloader.between_rounds and step < config.steps
+                    validates = ended and due(config.track.eval_every, boundary, step)
+                    if step % config.track.log_every == 0 or validates or step == config.steps:
+                        monitor.show(run.structure.flat if run.structure.names else torch.ones(1))
+                        record = {"step": step, **meter.read(accelerator), **measured(run, offloader)}
+                        if not validates:
+                            monitor.log(record)
+                if validates:
+                    try:
+                        with meter.paused("evaluation"):
+                            record |= validate(config, run, offloader)
+                    finally:
+                        monitor.log(record)
                 if ended and due(config.checkpoint.every, boundary, step):
                     with meter.paused("checkpoint"):
                         save_checkpoint(offloader, store, config)
@@ -113,6 +120,12 @@ def train(config: Config) -> None:
         save_checkpoint(offloader, store, config)
         monitor.summary(conclude(config, run, offloader, meter, monitor))
     accelerator.end_training()
+
+
+def measured(run: Prepared, offloader: Offloader) -> dict[str, Any]:
+    """The offloader's numbers, and how near transfers come to the probed speed of the link."""
+    numbers = offloader.measured()
+    return {**numbers, "link_share": numbers["bytes_per_second"] / run.forecast.link.both_ways}
 
 
 def start_structure(config: Config, run: Prepared, offloader: Offloader, monitor: Monitor) -> None:
@@ -170,6 +183,7 @@ def conclude(config: Config, run: Prepared, offloader: Offloader, meter: Meter, 
         "exported": {**exported, "parameters": sum(p.numel() for p in small.parameters())},
         "full_master": {**full, "parameters": sum(p.numel() for p in offloader.model.parameters())},
         **meter.summary(offloader.spent),
+        "transfers": transfers(run, offloader),
         "ledger": {
             "predicted": run.forecast.ledger.as_dict(),
             "measured": {
@@ -179,6 +193,13 @@ def conclude(config: Config, run: Prepared, offloader: Offloader, meter: Meter, 
             },
         },
     }
+
+
+def transfers(run: Prepared, offloader: Offloader) -> dict[str, Any]:
+    """What they took in all, beside the probed speed of the link."""
+    total, link = offloader.transfers.total().as_dict(), run.forecast.link
+    total |= {f"{name.removesuffix('_ms')}_seconds": total.pop(name) / 1e3 for name in list(total) if "_ms" in name}
+    return {**total, "link_bytes_per_second": link.both_ways, "link_share": total["bytes_per_second"] / link.both_ways}
 
 
 def batches(run: Prepared, first: int, steps: int) -> Iterator[Any]:

@@ -212,10 +212,13 @@ def test_transfers_are_hidden_behind_a_round(monkeypatch: pytest.MonkeyPatch) ->
             if trainer.between_rounds:
                 reports.append(trainer.report)
     for report in reports[1:]:
-        took = report.gather_ms + report.writeback_ms + report.link_ms
+        took, told = report.gather_ms + report.writeback_ms + report.link_ms, report.as_dict()
         assert took > 100 and report.waited_ms < took / 3
-        assert report.overlapped == pytest.approx(1 - report.waited_ms / took)
-        assert report.bytes_per_second == pytest.approx(1e3 * report.bytes_moved / took)
+        assert told["overlapped_share"] == pytest.approx(1 - report.waited_ms / took)
+        assert told["bytes_per_second"] == pytest.approx(1e3 * report.bytes_moved / took)
+    total = trainer.transfers.total()
+    assert total.bytes_moved == sum(report.bytes_moved for report in reports)
+    assert total.waited_ms == pytest.approx(sum(report.waited_ms for report in reports))
 
 
 @pytest.mark.parametrize("step", ["gather", "merge"])

@@ -17,6 +17,11 @@ class Link:
     to_device: float
     to_host: float
 
+    @property
+    def both_ways(self) -> float:
+        """Of as many bytes there as back."""
+        return 2 / (1 / self.to_device + 1 / self.to_host)
+
 
 def probe_link(device: torch.device, nbytes: int = 2**27, repeats: int = 4) -> Link:
     """Best of a few copies each way: 128 MiB, which no cache holds, take a few hundredths of a second."""
