@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from offload_trainer.groups import Groups, Plan
 from offload_trainer.master import Master, StateLayout, probe_optimizer
 from offload_trainer.master.interrupts import undivided
 from offload_trainer.master.precision import FP32, Precision
-from offload_trainer.rounds import Boundary, Round, RoundReport, Spent, Transfers
+from offload_trainer.rounds import Boundary, Round, RoundReport, Spent, Transfers, require_arguments
 from offload_trainer.structure import Structure
 
 BROKEN = "a write-back was broken off: the master is not that of any step"
@@ -39,6 +40,7 @@ class Offloader:
     reference: what a subnet is compared with: the one trained "next", or a "fresh" one (agenda.py).
     overlap: write back and gather in the background while a round trains; the results are the same, bit for bit. Needs
         reference "next" and plans of constant widths; a round where one is missing goes without.
+    folder: of a local disk, for a master larger than the memory: it is mapped from files there.
     precision: types in which the master stores large tensors. The subnet and the export stay of the types `model` came
         in; a write-back to bfloat16 rounds at random, by the seed in it, so that the expected value is exact.
 
@@ -63,15 +65,11 @@ class Offloader:
         precision: Precision = FP32,
         reference: Reference = "next",
         overlap: bool = True,
+        folder: Path | None = None,
     ):
         self.accelerator = accelerator or Accelerator()
         require_supported(self.accelerator)
-        if sync_every < 1:
-            raise UserError(f"sync_every ({sync_every}) must be at least 1")
-        if state not in ("carry", "reset"):
-            raise UserError(f"state ({state!r}) must be carry or reset")
-        if clip_norm is not None and clip_norm <= 0:
-            raise UserError(f"clip_norm ({clip_norm}) must be positive, or None")
+        require_arguments(sync_every, state, clip_norm)
         if compile and not structure.constant_widths:
             raise UserError("memory.compile needs plans of constant widths: structure.sampler fixed, budget per_group")
         self.device = self.accelerator.device
@@ -86,7 +84,7 @@ class Offloader:
         self._closed = False
         self._round: Round | None = None  # None between two rounds
         pin, sampled = self.device.type == "cuda", groups.sliced_by(structure.names)
-        self._master = Master(model, layout, materialise=materialise, pin=pin, precision=precision)
+        self._master = Master(model, layout, materialise=materialise, pin=pin, precision=precision, folder=folder)
         self._bench = Workbench(
             self._master, self.device, optimizer, layout, sampled=sampled, carry=carry, compile=compile, overlap=overlap
         )

@@ -1,11 +1,14 @@
 """Whether a run fits host, device and disk, and which keep ratio makes it fit: told before anything is allocated."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import psutil
 import torch
 
 from offload_trainer.device import memory
@@ -162,15 +165,26 @@ def host_verdict(ledger: Ledger, size: int, savings: Mapping[str, int]) -> Verdi
     )
 
 
-def disk_verdict(ledger: Ledger, free: int, out: str) -> Verdict:
-    need = ledger.disk_bytes
+def disk_verdicts(ledger: Ledger, there: Path, out: str, mapped: Path | None) -> Iterator[Verdict]:
+    """Of the disk of the output folder (`there`: that, or the part of its path that exists), and of the one that the
+    master is `mapped` from, which may be the same."""
+    need = dict(ledger.disk)
+    apart = mapped is not None and mapped.exists() and mapped.stat().st_dev != there.stat().st_dev
+    if mapped is not None and apart:
+        own = {"mapped master": need.pop("mapped master")}
+        yield _disk_verdict(own, mapped, f"memory.folder ({mapped})", "make room, or choose another disk")
+    yield _disk_verdict(need, there, f"out ({out})", "make room, or lower checkpoint.keep_last")
+
+
+def _disk_verdict(needs: Mapping[str, int], folder: Path, key: str, advice: str) -> Verdict:
+    need, free = sum(needs.values()), shutil.disk_usage(folder).free
     if need <= free:
         return Verdict("disk", True, f"{readable(need)} of {readable(free)} free")
     return Verdict(
         "disk",
         False,
-        f"out ({out}): the run writes {readable(need)} ({largest(ledger.disk)}), {readable(need - free)} more than the "
-        f"{readable(free)} free: make room, or lower checkpoint.keep_last",
+        f"{key}: the run writes {readable(need)} ({largest(needs)}), {readable(need - free)} more than the "
+        f"{readable(free)} free: {advice}",
     )
 
 
@@ -196,6 +210,21 @@ def require_writable(out: Path) -> None:
                 raise UserError(f"out ({out}): {name} in it must be a file, it is a folder")
     except OSError as error:
         raise UserError(f"out ({out}) must be a folder that can be written: {error.strerror or error}") from error
+
+
+def require_disk(folder: Path) -> None:
+    """Raise unless a master can be mapped from files in a folder: it can be written, and is no memory itself."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"memory.folder ({folder}) must be a folder that can be written: {error.strerror or error}"
+        ) from error
+    mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
+    kind = next((mounts[at] for at in (folder.resolve(), *folder.resolve().parents) if at in mounts), "")
+    if kind in ("tmpfs", "ramfs"):
+        raise UserError(f"memory.folder ({folder}) must be on a disk: it is on a {kind}, which is memory itself")
 
 
 def _fitting(room: DeviceRoom, ledger: Ledger) -> Verdict:

@@ -64,6 +64,8 @@ class Predictor:
     """Subnets on the device at once while the result is chosen."""
     varying: bool = False
     """Whether widths differ from round to round."""
+    mapped: bool = False
+    """Whether the master lies in mapped files. What is resident of those counts nothing: it makes room when needed."""
     overlap: bool = False
     """Whether transfers go on while a round trains."""
     follows: bool = False
@@ -99,6 +101,7 @@ class Predictor:
         ]
         disk = {"checkpoints": self.checkpoints * sum(self._master.values()), "export": sizes.weights}
         disk |= {"full master": self._master["weights"]} if self.exports_full else {}
+        disk |= {"mapped master": sum(self._master.values())} if self.mapped else {}
         return Ledger(
             tuple(phases), disk, sizes.link(reference, ahead), self._on_host, tuple(dict.fromkeys(self._failures))
         )
@@ -109,9 +112,10 @@ class Predictor:
             "optimizer.state: reset": replace(self, layout=StateLayout({}, {}, None)),
             "memory.moments: bf16": replace(self, precision=replace(self.precision, moments=torch.bfloat16)),
             "memory.weights: bf16": replace(self, precision=replace(self.precision, weights=torch.bfloat16)),
+            "memory.master: file": replace(self, mapped=True),
         }
-        now = sum(self._master.values())
-        return _if_any({option: now - sum(other._master.values()) for option, other in options.items()})
+        now = sum(self._in_memory.values())
+        return _if_any({option: now - sum(other._in_memory.values()) for option, other in options.items()})
 
     # The phases
 
@@ -129,8 +133,8 @@ class Predictor:
         # A model that is not on meta moves into the slab tensor by tensor.
         built = [tensor.nbytes for tensor in self.tensors.values() if not tensor.is_meta]
         beside = {"model as it was built": max(built, default=0)}
-        loading = {"process": host["process"], "master weights": self._master["weights"], "loading": LOADING}
-        phases.append(Phase("load", loading | _if_any(beside), {}))
+        loading = {"process": host["process"], "master weights": self._in_memory["weights"], "loading": LOADING}
+        phases.append(Phase("load", _if_any(loading | beside), {}))
         if self.calibration:
             found = self._full_training
             # The inputs of one layer at a time are squared in float32.
@@ -177,7 +181,7 @@ class Predictor:
 
     def _host(self, sizes: Sizes, ahead: bool) -> dict[str, int]:
         staging = sizes.staging(overlap=self.overlap, ahead=ahead, on_host=self._on_host)
-        master = {f"master {kind}": size for kind, size in self._master.items()}
+        master = _if_any({f"master {kind}": size for kind, size in self._in_memory.items()})
         held = {"process": self.process - self._built, **master, "transfer scratch": 3 * CHUNK}
         return held | _if_any({"staging" if self._on_host else "staging (pinned)": staging})
 
@@ -191,6 +195,11 @@ class Predictor:
     @cached_property
     def _master(self) -> dict[str, int]:
         return master_bytes(self.model, self.layout, self.precision)
+
+    @property
+    def _in_memory(self) -> dict[str, int]:
+        """Of the master."""
+        return dict.fromkeys(self._master, 0) if self.mapped else self._master
 
     @cached_property
     def _built(self) -> int:

@@ -1,6 +1,5 @@
 """Everything a run needs, made from its config; all that can be wrong with it is found here, before it is paid for."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,6 +56,8 @@ def prepare(config: Config) -> Prepared:
     out = Path(config.out)
     if not config.dry_run:
         planning.require_writable(out)
+        if (folder := master_folder(config)) is not None:
+            planning.require_disk(folder)
     set_seed(config.seed)
     task = tasks.build_task(config.task, config.seed)
     if config.structure.rules is not None:
@@ -136,6 +137,7 @@ def make_predictor(
         calibration=structure.start == "importance" and checkpoint is None,
         candidates=2 if structure.result == "best_of" else 1,
         varying=structure.sampler == "bernoulli" or structure.budget == "global",
+        mapped=config.memory.master == "file",
         overlap=config.memory.overlap,
         follows=structure.reference == "next",
         # A new one is written before the oldest is removed.
@@ -189,7 +191,7 @@ def make_forecast(
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     verdicts = [
         planning.host_verdict(decision.ledger, planning.host_room(), predictor.savings()),
-        planning.disk_verdict(decision.ledger, shutil.disk_usage(there).free, config.out),
+        *planning.disk_verdicts(decision.ledger, there, config.out, master_folder(config)),
     ]
     if decision.verdict is not None:
         verdicts.insert(1, decision.verdict)
@@ -205,6 +207,11 @@ def make_forecast(
 
 
 # What the config asks for
+
+
+def master_folder(config: Config) -> Path | None:
+    """Where the files of a mapped master lie."""
+    return Path(config.memory.folder or config.out) if config.memory.master == "file" else None
 
 
 def make_accelerator(config: Config) -> Accelerator:

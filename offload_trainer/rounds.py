@@ -15,6 +15,16 @@ from offload_trainer.device.transfer import Work
 from offload_trainer.errors import UserError
 
 
+def require_arguments(sync_every: int, state: str, clip_norm: float | None) -> None:
+    """Raise `UserError` unless rounds can be made of them (see `Offloader`)."""
+    if sync_every < 1:
+        raise UserError(f"sync_every ({sync_every}) must be at least 1")
+    if state not in ("carry", "reset"):
+        raise UserError(f"state ({state!r}) must be carry or reset")
+    if clip_norm is not None and clip_norm <= 0:
+        raise UserError(f"clip_norm ({clip_norm}) must be positive, or None")
+
+
 @dataclass
 class Round:
     """A round under way: its steps so far, and what they showed (numbers that may still be on the device)."""

@@ -24,7 +24,7 @@ from offload_trainer.master import CheckpointStore, whole_folder
 from offload_trainer.master.interrupts import undivided
 from offload_trainer.monitor import Monitor
 from offload_trainer.offloader import Offloader
-from offload_trainer.prepare import Prepared, prepare, resumable
+from offload_trainer.prepare import Prepared, master_folder, prepare, resumable
 from offload_trainer.result import best_of, recalibrate, save_export
 from offload_trainer.rounds import Meter
 from offload_trainer.tasks import shard
@@ -57,6 +57,7 @@ def train(config: Config) -> None:
             compile=config.memory.compile,
             reference=config.structure.reference,
             overlap=config.memory.overlap,
+            folder=master_folder(config),
             materialise=task.materialise,
         ) as offloader,
         Monitor(

@@ -14,8 +14,8 @@ from torch.utils.cpp_extension import get_cxx_compiler
 
 from offload_trainer import UserError
 from offload_trainer.device import native
-from offload_trainer.device.native import Index, Kernels, NotCompiled, Pair, load_kernels
 from offload_trainer.device.elements import gather_into, scatter_from
+from offload_trainer.device.native import Index, Kernels, NotCompiled, Pair, load_kernels
 from offload_trainer.master import Slab
 from offload_trainer.master.precision import FP32
 

@@ -147,6 +147,10 @@ class MemoryConfig(Section):
     """Type of the master's moments, in the same way."""
     autocast: Literal["no", "bf16"] = "no"
     """bf16: forward and backward in bfloat16, weights stay in their own type."""
+    master: Literal["ram", "file"] = "ram"
+    """Where the master lies; file: in files mapped from memory.folder, so that it may be larger than the memory."""
+    folder: str | None = None
+    """A folder on a fast local disk, for memory.master: file; null: the output folder."""
     overlap: bool = True
     """Write back and gather in the background while a round trains, with the same results; widths must be fixed and
     structure.reference next. Takes host memory for two subnets with their moments."""
@@ -224,6 +228,8 @@ class Config(Section):
             raise ValueError(f"structure.paired_batches ({paired}) must be <= sync_every ({self.sync_every})")
         if cubic_steps > self.steps:
             raise ValueError(f"structure.schedule_steps ({cubic_steps}) must be <= steps ({self.steps})")
+        if self.memory.folder is not None and self.memory.master == "ram":
+            raise ValueError(f"memory.folder ({self.memory.folder}) needs memory.master (ram) to be file")
         if self.structure.sampler == "bernoulli" and self.memory.compile:
             raise ValueError(
                 "memory.compile (true) needs structure.sampler (bernoulli) to be fixed:"

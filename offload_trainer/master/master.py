@@ -1,6 +1,7 @@
 """The master: every parameter, buffer and moment, full size, in a few slabs of host memory."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -21,7 +22,8 @@ class Master:
 
     A model on the meta device gets memory here for the first time and is then filled by `materialise(model)`. A real
     model is moved tensor by tensor, each old one freed before the next, so no two full copies ever exist. With a
-    `precision` of bfloat16 the model's parameters really are of that type from then on, rounded to the nearest.
+    `precision` of bfloat16 the model's parameters really are of that type from then on, rounded to the nearest. With a
+    `folder` the slabs are mapped files in it (master/slab.py), and not pinned: they may be larger than the memory.
 
     `tensors` maps names to full-size views, `moments` maps the optimizer's names (`exp_avg`) to such maps, and
     `scalars` maps parameter names to the optimizer's numbers (`step`), empty until the first write-back. `computes`
@@ -36,7 +38,9 @@ class Master:
         materialise: Callable[[nn.Module], None] | None = None,
         pin: bool = False,
         precision: Precision = FP32,
+        folder: Path | None = None,
     ):
+        pin = pin and folder is None
         self.model, self.precision = model, precision
         self._slabs: list[Slab] = []
         tensors: dict[str, Tensor] = {}
@@ -45,7 +49,7 @@ class Master:
         meta = any(tensor.is_meta for tensor in full.values())
         for dtype, shapes in by_dtype(stored_weights(full, precision)).items():
             # One that a real model moves into is not touched before: never two full copies.
-            slab = Slab(shapes, dtype, pin=pin and meta)
+            slab = Slab(shapes, dtype, pin=pin and meta, folder=folder)
             self._slabs.append(slab)
             tensors.update(slab)
         names = list(full)
@@ -63,8 +67,9 @@ class Master:
         for moment in layout.moments:
             views: dict[str, Tensor] = {}
             for dtype, shapes in by_dtype(stored_moments(layout.entries(moment, trained), precision)).items():
-                slab = Slab(shapes, dtype, pin=pin)
-                slab.flat.zero_()  # all of it now, not bit by bit while training
+                slab = Slab(shapes, dtype, pin=pin, folder=folder)
+                if folder is None:
+                    slab.flat.zero_()  # all of it now, not bit by bit while training
                 self._slabs.append(slab)
                 views.update(slab)
             self.moments[moment] = MappingProxyType({name: views[name] for name in trained})

@@ -1,6 +1,10 @@
 """One flat allocation that holds many tensors: what the master, the staging buffers and the subnet all are."""
 
+import mmap
+import os
+import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,11 +34,20 @@ def _padded(numel: int) -> int:
     return -(-numel // ALIGNMENT) * ALIGNMENT
 
 
+def _mapped(folder: Path, numel: int, dtype: torch.dtype) -> Tensor:
+    """A tensor whose memory is a file; the mapping lives as long as the tensor."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, numel * dtype.itemsize)
+        return torch.frombuffer(mmap.mmap(file.fileno(), numel * dtype.itemsize), dtype=dtype)
+
+
 class Slab(Mapping[str, Tensor]):
     """Named views of one flat tensor.
 
     pin: fills it with zeros, which touches all its pages, then see `pin`.
     zeros: filled with zeros, whose pages take memory of a host only once they are touched.
+    folder: mapped from a file there that has no name, so that it is gone with the process however that ends. The disk's
+        room is taken at once. It begins as zeros.
     """
 
     def __init__(
@@ -45,13 +58,18 @@ class Slab(Mapping[str, Tensor]):
         *,
         pin: bool = False,
         zeros: bool = False,
+        folder: Path | None = None,
     ):
         numel = sum(_padded(shape.numel()) for shape in shapes.values())
+        where = str(folder or device)
         try:
-            self.flat = (torch.zeros if zeros else torch.empty)(numel, dtype=dtype, device=device)
-        except RuntimeError as error:
-            gib = numel * dtype.itemsize / 2**30
-            raise UserError(f"cannot allocate a slab of {gib:.2f} GiB on {device}: {error}".splitlines()[0]) from error
+            if folder is not None and numel:
+                self.flat = _mapped(folder, numel, dtype)
+            else:
+                self.flat = (torch.zeros if zeros else torch.empty)(numel, dtype=dtype, device=device)
+        except (RuntimeError, OSError) as error:
+            gib, why = numel * dtype.itemsize / 2**30, getattr(error, "strerror", None) or error
+            raise UserError(f"cannot allocate a slab of {gib:.2f} GiB on {where}: {why}".splitlines()[0]) from error
         self._pinned = False
         if pin:
             self.flat.zero_()

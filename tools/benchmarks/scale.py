@@ -187,7 +187,7 @@ def in_this_process(heads: int, shape: Shape, precision: str) -> None:
             memory.synchronize(accelerator.device)
             return perf_counter() - start
 
-        for _ in range(2):  # the second round is the first to find everything already made
+        for _ in range(3):  # the third round is the first to find everything already made
             steps(structure.paired_batches + 1)
             offloader.finish_round()
         for _ in sys.stdin:

@@ -163,7 +163,7 @@ def train_one_step(clock: Clock, config: str, file: str) -> None:
         def last_step() -> None:
             step()
             memory.synchronize(offloader.device)
-            gather = offloader.measured()["gather_ms"] / 1e3
+            gather = offloader.spent.gather
             clock.parts |= {"first gather": gather, "first step": time.perf_counter() - made - gather}
             clock.write(Path(file))
             raise KeyboardInterrupt  # as a user breaks a run off; of its first round nothing is kept

@@ -42,8 +42,8 @@ def start(size: Size, device: torch.device, keep: float) -> Trainer:
         return loss.detach()
 
     def warm() -> None:
-        """Two short rounds: the second is the first to find subnet, reference and moments already made."""
-        for _ in range(2):
+        """Three short rounds: the last is the first to find subnet, reference, moments and staging already made."""
+        for _ in range(3):
             for _ in range(structure.paired_batches + 1):
                 step()
             offloader.finish_round()
