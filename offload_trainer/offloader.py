@@ -1,7 +1,7 @@
 """The public object: owns the rounds. Between two samplings it is a small model with an optimizer, nothing more."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -226,7 +226,7 @@ class Offloader:
         self._bench.pipeline.drain()
         if self._boundary is None or self._bench.broken:
             raise RuntimeError(BROKEN)
-        return self._boundary
+        return self._boundary.with_numbers(delta_norm=self._bench.written.delta_norm)
 
     def load_boundary(self, boundary: Boundary) -> None:
         """Go on from a boundary; the master and its moments must hold what they held then."""
@@ -235,6 +235,7 @@ class Offloader:
         self.report = RoundReport(**numbers["report"])
         self._bench.clear()
         self._bench.clock, self._bench.trained = numbers["clock"], numbers["trained"]
+        self._bench.written = replace(self._bench.written, delta_norm=numbers["delta_norm"])
         self._master.scalars = {name: dict(scalars) for name, scalars in numbers["scalars"].items()}
         self.structure.load_state_dict(dict(boundary.structure))
         memory.set_random_state(self.device, dict(boundary.random))

@@ -61,6 +61,10 @@ class Boundary:
     random: Mapping[str, Tensor]
     """States of the generators that dropout draws from."""
 
+    def with_numbers(self, **numbers: float) -> "Boundary":
+        """With numbers that were not known yet when the round ended."""
+        return replace(self, numbers={**self.numbers, **numbers})
+
 
 @dataclass(frozen=True)
 class Moved:

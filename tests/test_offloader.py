@@ -113,6 +113,7 @@ def test_a_round_changes_what_the_plan_keeps_and_nothing_else(factory: Factory, 
             stores = {"weights": trainer.master, **trainer.moments}
             before = {kind: {n: t.clone() for n, t in store.items()} for kind, store in stores.items()}
             run(trainer, batches)  # the last step ends the round
+            trainer.finish_round()  # and is written back
             trained = dict(subnet.named_parameters()) | dict(subnet.named_buffers())
             for kind, store in stores.items():
                 for name, tensor in store.items():

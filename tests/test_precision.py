@@ -283,16 +283,14 @@ def test_a_round_rounds_what_the_plan_keeps_and_changes_no_bit_else(
             run(trainer, batches[:-1])
             loss = trainer.loss(batches[-1])
             trainer.accelerator.backward(loss)
-            after = {}
+            after: dict[str, Tensor] = {}
             end = trainer._bench.end
-            monkeypatch.setattr(
-                trainer._bench,
-                "end",
-                lambda *numbers, end=end, after=after, subnet=subnet: (
-                    after.update({n: t.detach().clone() for n, t in named_tensors(subnet).items()}),
-                    end(*numbers),
-                ),
-            )
+
+            def remembering(*numbers: int, end: Any = end, after: Any = after, subnet: nn.Module = subnet) -> object:
+                after.update({name: tensor.detach().clone() for name, tensor in named_tensors(subnet).items()})
+                return end(*numbers)
+
+            monkeypatch.setattr(trainer._bench, "end", remembering)
             trainer.step()
             monkeypatch.undo()
             trainer.finish_round()

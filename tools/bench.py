@@ -1,12 +1,13 @@
 """Measure, always as a ratio to a baseline that takes turns with it, in the same process where it can.
 
-    python tools/bench.py slicing overhead transfer load ledger peers scale start [--json FILE] [--quick]
+    python tools/bench.py slicing overhead transfer load ledger storage peers scale start [--json FILE] [--quick]
 
 slicing: a training step of the sliced subnet, against the full dense network and against masks.
 overhead: steps per second of an offloaded run, against the same small network trained alone.
 transfer: GB/s of gather and write-back, against a plain copy of the same bytes.
 load: GB/s of a checkpoint's way from its files into the master, against reading the same files.
 ledger: peaks of memory in real runs, host and device, against what was predicted.
+storage: validation loss with fewer host bytes per parameter, against a master that is all fp32.
 peers: tokens per second, memory and link of what else trains a model larger than the device, against plain training
     without a cap. Wants a GPU (on a CPU it only shows that it runs) and `pip install --no-deps torchao`, which the
     project itself does not depend on; what is not installed is recorded as such.
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
-from benchmarks import ledger, loading, overhead, peers, scale, slicing, start, transfer
+from benchmarks import ledger, loading, overhead, peers, scale, slicing, start, storage, transfer
 from benchmarks.peers.contenders import CONTENDERS
 from benchmarks.peers.sizes import SIZES
 from benchmarks.records import Record, Setting, merge, read_records, table
@@ -37,6 +38,7 @@ BENCHMARKS: dict[str, Callable[[Setting, argparse.Namespace], Iterator[Record]]]
     "transfer": lambda setting, _: transfer.measure(setting),
     "load": lambda setting, _: loading.measure(setting),
     "ledger": lambda setting, _: ledger.measure(setting),
+    "storage": lambda setting, _: storage.measure(setting),
     "peers": lambda setting, options: peers.measure(setting, peers_options(options)),
     "scale": lambda setting, _: scale.measure(setting),
     "start": lambda setting, options: start.measure(setting, options.size),

@@ -110,7 +110,24 @@ def start(records: Records) -> Iterator[str]:
         yield "| seconds | " + " | ".join(f"{seconds:,.2f}" for seconds in parts.values()) + " |"
 
 
-LAYOUTS: dict[str, Callable[[Records], Iterator[str]]] = {"peers": peers, "scale": scale, "start": start}
+def storage(records: Records) -> Iterator[str]:
+    yield "| master | host bytes per parameter | loss after equal steps | ÷ all fp32 | runs |"
+    yield "| --- | ---: | ---: | ---: | ---: |"
+    for record in records:
+        d = record["details"]
+        losses = ", ".join(f"{loss:.4f}" for loss in d["losses"])
+        yield (
+            f"| {record['case']} | {d['bytes_per_parameter']:.2f} | {record['value']:.4f} ({losses}) "
+            f"| {record['ratio']:.4f} | {d['repeats']} of {d['steps']:,} steps |"
+        )
+
+
+LAYOUTS: dict[str, Callable[[Records], Iterator[str]]] = {
+    "peers": peers,
+    "scale": scale,
+    "start": start,
+    "storage": storage,
+}
 
 
 def main() -> int:
