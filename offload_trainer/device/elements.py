@@ -10,6 +10,9 @@ CHUNK = 2**21
 """Bytes of whole rows gathered at a time before their columns are taken."""
 
 Index = tuple[Tensor | None, ...]
+"""Kept indices of every axis (None: all)."""
+Pair = tuple[Tensor, Tensor, Index]
+"""A dense tensor, the full one, and what the dense one holds of it."""
 
 
 def gather_into(out: Tensor, full: Tensor, index: Index) -> None:

@@ -17,16 +17,15 @@ constexpr int64_t LINE = 64;       // bytes
 }  // namespace
 
 extern "C" {
-struct Move {  // one tensor, both contiguous; as in native.py
+struct Move {  // one tensor, both of one type and contiguous; as in native.py
   void* dense;
   void* full;
-  int64_t dense_bytes, full_bytes;  // of an element
-  int64_t number;                   // whether the type is float32, float64 or bfloat16
-  int64_t place;                    // of the first dense element in its slab
+  int64_t bytes;   // of an element
+  int64_t number;  // whether the type is float32, float64 or bfloat16
   int64_t axes;
-  int64_t shape[AXES];           // of the full tensor
-  int64_t kept[AXES];            // of the dense one
-  const int64_t* index[AXES];    // sorted; null: all
+  int64_t shape[AXES];         // of the full tensor
+  int64_t kept[AXES];          // of the dense one
+  const int64_t* index[AXES];  // sorted; null: all
 };
 }
 
@@ -98,7 +97,7 @@ bool prepare(Tensor& tensor, const Move& move) {
   int64_t block = 1;
   for (int axis = int(move.axes) - 1; axis > last; --axis) block *= move.shape[axis];
   // Columns of a cache line and more each are rows.
-  const bool whole = last < 0 || block * move.full_bytes >= LINE;
+  const bool whole = last < 0 || block * move.bytes >= LINE;
   tensor.outer = whole ? last + 1 : last;
   int64_t stride = block;
   for (int axis = last; axis >= 0; --axis) {
@@ -109,7 +108,7 @@ bool prepare(Tensor& tensor, const Move& move) {
   if (whole) {
     tensor.columns.length = tensor.columns.full = block;
   } else {
-    choose(tensor.columns, move.index[last], move.kept[last], move.shape[last], block, move.full_bytes);
+    choose(tensor.columns, move.index[last], move.kept[last], move.shape[last], block, move.bytes);
   }
   return true;
 }
@@ -156,51 +155,40 @@ void each_row(const Task& task, Row row) {
   }
 }
 
-template <class Dense, class Full>
+template <class Bits>
 void gather_task(const Task& task) {
   const Move& move = *task.tensor->move;
   each_row(task, [&](int64_t dense, int64_t full, int64_t ahead, const Columns& columns) {
-    const Full* from = (const Full*)move.full;
-    gather_row((Dense*)move.dense + dense, from + full, columns, from + ahead);
+    const Bits* from = (const Bits*)move.full;
+    gather_row((Bits*)move.dense + dense, from + full, columns, from + ahead);
   });
 }
 
-template <bool delta, class Dense, class Full>
-void scatter_task(Task& task, const int32_t* keys, std::vector<uint16_t>& rounded) {
+template <bool delta, class Bits>
+void scatter_task(Task& task) {
   const Move& move = *task.tensor->move;
   each_row(task, [&](int64_t dense, int64_t full, int64_t ahead, const Columns& columns) {
-    const Dense* exact = (const Dense*)move.dense + dense;
-    const Full* values = (const Full*)exact;
-    if constexpr (sizeof(Dense) != sizeof(Full)) {
-      rounded.resize(std::max<size_t>(rounded.size(), columns.length));
-      narrow(rounded.data(), exact, columns.length, move.place + dense, keys);
-      values = rounded.data();
-    }
-    Full* to = (Full*)move.full;
-    task.squared += scatter_row<delta>(exact, values, to + full, columns, to + ahead);
+    Bits* to = (Bits*)move.full;
+    task.squared += scatter_row<delta>((const Bits*)move.dense + dense, to + full, columns, to + ahead);
   });
 }
 
 template <bool delta>
-void scatter_task(Task& task, const int32_t* keys, std::vector<uint16_t>& rounded) {
-  const Move& move = *task.tensor->move;
-  if (move.dense_bytes != move.full_bytes) return scatter_task<delta, uint32_t, uint16_t>(task, keys, rounded);
-  switch (move.full_bytes) {
-    case 1: return scatter_task<delta, uint8_t, uint8_t>(task, keys, rounded);
-    case 2: return scatter_task<delta, uint16_t, uint16_t>(task, keys, rounded);
-    case 4: return scatter_task<delta, uint32_t, uint32_t>(task, keys, rounded);
-    case 8: return scatter_task<delta, uint64_t, uint64_t>(task, keys, rounded);
+void scatter_task(Task& task) {
+  switch (task.tensor->move->bytes) {
+    case 1: return scatter_task<delta, uint8_t>(task);
+    case 2: return scatter_task<delta, uint16_t>(task);
+    case 4: return scatter_task<delta, uint32_t>(task);
+    case 8: return scatter_task<delta, uint64_t>(task);
   }
 }
 
 void gather_task(const Task& task) {
-  const Move& move = *task.tensor->move;
-  if (move.dense_bytes != move.full_bytes) return gather_task<uint32_t, uint16_t>(task);
-  switch (move.full_bytes) {
-    case 1: return gather_task<uint8_t, uint8_t>(task);
-    case 2: return gather_task<uint16_t, uint16_t>(task);
-    case 4: return gather_task<uint32_t, uint32_t>(task);
-    case 8: return gather_task<uint64_t, uint64_t>(task);
+  switch (task.tensor->move->bytes) {
+    case 1: return gather_task<uint8_t>(task);
+    case 2: return gather_task<uint16_t>(task);
+    case 4: return gather_task<uint32_t>(task);
+    case 8: return gather_task<uint64_t>(task);
   }
 }
 
@@ -217,8 +205,8 @@ void in_threads(int64_t threads, Work work) {
 }
 
 // Prepares all, calls work(task) for every task; returns the number of the first tensor whose index is wrong, or −1.
-template <class Make>
-int64_t for_tasks(const Move* moves, int64_t count, int64_t threads, std::vector<Task>& tasks, Make make) {
+template <class Work>
+int64_t for_tasks(const Move* moves, int64_t count, int64_t threads, std::vector<Task>& tasks, Work work) {
   std::vector<Tensor> tensors(count);
   for (int64_t i = 0; i < count; ++i) {
     if (!prepare(tensors[i], moves[i])) return i;
@@ -226,7 +214,6 @@ int64_t for_tasks(const Move* moves, int64_t count, int64_t threads, std::vector
   for (const Tensor& tensor : tensors) deal(tasks, tensor);
   std::atomic<size_t> next{0};
   in_threads(std::min<int64_t>(threads, tasks.size()), [&] {
-    auto work = make();
     for (size_t i = next++; i < tasks.size(); i = next++) work(tasks[i]);
   });
   return -1;
@@ -239,21 +226,18 @@ extern "C" {
 // Both return −1, or the number of the first tensor whose index is not sorted, distinct and in range: nothing was done.
 int64_t offload_gather(const Move* moves, int64_t count, int64_t threads) {
   std::vector<Task> tasks;
-  return for_tasks(moves, count, threads, tasks, [] { return [](Task& task) { gather_task(task); }; });
+  return for_tasks(moves, count, threads, tasks, [](Task& task) { gather_task(task); });
 }
 
 // *squared = Σ (new − old)² over numbers, in an order that shapes alone decide.
-int64_t offload_scatter(
-    const Move* moves, int64_t count, int64_t threads, int64_t delta, const int32_t* keys, double* squared) {
+int64_t offload_scatter(const Move* moves, int64_t count, int64_t threads, int64_t delta, double* squared) {
   std::vector<Task> tasks;
-  const int64_t wrong = for_tasks(moves, count, threads, tasks, [=] {
-    return [=, rounded = std::vector<uint16_t>()](Task& task) mutable {
-      if (delta && task.tensor->move->number) {
-        scatter_task<true>(task, keys, rounded);
-      } else {
-        scatter_task<false>(task, keys, rounded);
-      }
-    };
+  const int64_t wrong = for_tasks(moves, count, threads, tasks, [=](Task& task) {
+    if (delta && task.tensor->move->number) {
+      scatter_task<true>(task);
+    } else {
+      scatter_task<false>(task);
+    }
   });
   *squared = 0;
   for (const Task& task : tasks) *squared += task.squared;

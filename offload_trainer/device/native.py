@@ -19,12 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload_trainer.device.elements import Index, Pair
 from offload_trainer.errors import UserError
-from offload_trainer.master.precision import Rounding
-
-Index = tuple[Tensor | None, ...]
-Pair = tuple[Tensor, Tensor, Index]
-"""A dense tensor, the full one, and the kept indices of every axis (None: all)."""
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-pthread", "-fno-tree-loop-distribute-patterns")
@@ -45,10 +41,8 @@ class _Move(ctypes.Structure):
     _fields_ = (
         ("dense", ctypes.c_void_p),
         ("full", ctypes.c_void_p),
-        ("dense_bytes", ctypes.c_int64),
-        ("full_bytes", ctypes.c_int64),
+        ("bytes", ctypes.c_int64),
         ("number", ctypes.c_int64),
-        ("place", ctypes.c_int64),
         ("axes", ctypes.c_int64),
         ("shape", ctypes.c_int64 * AXES),
         ("kept", ctypes.c_int64 * AXES),
@@ -64,15 +58,15 @@ class Kernels:
         self._gather, self._scatter = functions.offload_gather, functions.offload_scatter
         whole, pointer = ctypes.c_int64, ctypes.c_void_p
         self._gather.argtypes, self._gather.restype = (pointer, whole, whole), whole
-        self._scatter.argtypes, self._scatter.restype = (pointer, whole, whole, whole, pointer, pointer), whole
+        self._scatter.argtypes, self._scatter.restype = (pointer, whole, whole, whole, pointer), whole
 
     @staticmethod
     def can_move(dense: Tensor, full: Tensor, index: Index) -> bool:
-        """Whether both lie contiguous on the host, in types known here, and in shapes that fit the index."""
-        same = dense.dtype == full.dtype and (full.dtype in SUMMED or not full.dtype.is_floating_point)
-        narrower = dense.dtype == torch.float32 and full.dtype == torch.bfloat16
+        """Whether both lie contiguous on the host, in one type known here, and in shapes that fit the index."""
         return (
-            ((same and full.element_size() <= 8) or narrower)
+            dense.dtype == full.dtype
+            and (full.dtype in SUMMED or not full.dtype.is_floating_point)
+            and full.element_size() <= 8
             and dense.device.type == full.device.type == "cpu"
             and dense.layout == full.layout == torch.strided
             and dense.is_contiguous()
@@ -90,7 +84,7 @@ class Kernels:
         )
 
     def gather(self, pairs: Sequence[Pair], *, threads: int = 1) -> None:
-        """dense ← the elements of full at the kept indices, for every pair; widens bfloat16 where dense is float32.
+        """dense ← the elements of full at the kept indices, for every pair.
 
         Raises `ValueError`, and moves nothing, where a pair cannot be moved or an index is not sorted, distinct and in
         range.
@@ -98,21 +92,15 @@ class Kernels:
         moves = _moves(pairs)
         _check(self._gather(moves, len(pairs), threads), pairs)
 
-    def scatter(
-        self, pairs: Sequence[Pair], *, delta: bool = False, rounding: Rounding | None = None, threads: int = 1
-    ) -> float:
+    def scatter(self, pairs: Sequence[Pair], *, delta: bool = False, threads: int = 1) -> float:
         """full at the kept indices ← dense, for every pair; all other elements are not touched.
 
         With `delta`, returns Σ (new − old)² over floating-point tensors, the same number for any number of threads;
-        0 otherwise. `rounding` is needed where full is bfloat16 and dense, a view of a slab, is float32; new are the
-        values before it. Raises as `gather` does.
+        0 otherwise. Raises as `gather` does.
         """
         moves = _moves(pairs)
-        if rounding is None and any(dense.dtype != full.dtype for dense, full, _ in pairs):
-            raise ValueError("float32 values need a rounding to be written to bfloat16")
-        keys = None if rounding is None else (ctypes.c_int32 * 4)(*rounding.keys)
         squared = ctypes.c_double()
-        _check(self._scatter(moves, len(pairs), threads, delta, keys, ctypes.byref(squared)), pairs)
+        _check(self._scatter(moves, len(pairs), threads, delta, ctypes.byref(squared)), pairs)
         return squared.value
 
 
@@ -123,8 +111,7 @@ def _moves(pairs: Sequence[Pair]) -> ctypes.Array[_Move]:
             raise ValueError(f"cannot move {_named(dense)} and {_named(full)}")
         axes = len(index)
         move.dense, move.full = dense.data_ptr(), full.data_ptr()
-        move.dense_bytes, move.full_bytes = dense.element_size(), full.element_size()
-        move.number, move.place, move.axes = full.dtype in SUMMED, dense.storage_offset(), axes
+        move.bytes, move.number, move.axes = full.element_size(), full.dtype in SUMMED, axes
         move.shape[:axes], move.kept[:axes] = full.shape, dense.shape
         move.index[:axes] = [None if places is None else places.data_ptr() for places in index]
     return moves

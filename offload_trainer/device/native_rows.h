@@ -36,11 +36,6 @@ inline float number(uint16_t bits) { return number(uint32_t(bits) << 16); }  // 
 inline double number(uint64_t bits) { return __builtin_bit_cast(double, bits); }
 inline double number(uint8_t) { return 0; }  // no type of one byte is summed
 
-template <class Dense, class Full>
-inline Dense widened(Full bits) {
-  return sizeof(Dense) == sizeof(Full) ? Dense(bits) : Dense(Dense(bits) << 16);  // bfloat16 → float32
-}
-
 // Calls move(dense, full, length) for every run; length is a constant 1 where they are singles.
 template <class Move>
 inline void each_run(const Columns& columns, Move move) {
@@ -51,9 +46,9 @@ inline void each_run(const Columns& columns, Move move) {
   }
 }
 
-template <class Full>
-ALWAYS void fetch_row(const Columns& columns, const Full* at) {
-  constexpr int64_t most = 8192 / sizeof(Full), line = 64 / sizeof(Full);
+template <class Bits>
+ALWAYS void fetch_row(const Columns& columns, const Bits* at) {
+  constexpr int64_t most = 8192 / sizeof(Bits), line = 64 / sizeof(Bits);
   if (columns.singles) {
     for (int64_t k = 0; k < columns.full && k < most; k += line) fetch(at + k);
   } else {
@@ -65,7 +60,7 @@ ALWAYS void fetch_row(const Columns& columns, const Full* at) {
 
 #if MASKS
 // Sixteen elements in 32-bit lanes, whatever their size.
-template <class Dense, class Full>
+template <class Bits>
 struct Lanes {
   using Mask = __mmask16;
   static constexpr int count = 16;
@@ -82,13 +77,9 @@ struct Lanes {
   static void store(uint16_t* at, Mask mask, __m512i lanes) {
     _mm256_mask_storeu_epi16(at, mask, _mm512_cvtepi32_epi16(lanes));
   }
-  static __m512i widened(__m512i lanes) {
-    return sizeof(Dense) > sizeof(Full) ? _mm512_slli_epi32(lanes, 16) : lanes;
-  }
   static __m512i compress(Mask mask, __m512i lanes) { return _mm512_maskz_compress_epi32(mask, lanes); }
   static __m512i expand(Mask mask, __m512i lanes) { return _mm512_maskz_expand_epi32(mask, lanes); }
 
-  template <class Bits>
   static __m512 numbers(__m512i lanes) {
     return _mm512_castsi512_ps(sizeof(Bits) == 4 ? lanes : _mm512_slli_epi32(lanes, 16));
   }
@@ -101,14 +92,14 @@ struct Lanes {
     sums[1] = square(_mm256_castsi256_ps(_mm512_extracti64x4_epi64(_mm512_castps_si512(change), 1)), sums[1]);
   }
   static void add_squares(__m512i now, __m512i old, __m512d* sums) {
-    add_squares(_mm512_sub_ps(numbers<Dense>(now), numbers<Full>(old)), sums);
+    add_squares(_mm512_sub_ps(numbers(now), numbers(old)), sums);
   }
 };
 
 #if defined(__AVX512VBMI2__)
 // Thirty-two of two bytes.
 template <>
-struct Lanes<uint16_t, uint16_t> {
+struct Lanes<uint16_t> {
   using Mask = __mmask32;
   static constexpr int count = 32;
 
@@ -116,24 +107,21 @@ struct Lanes<uint16_t, uint16_t> {
   static __m512i load(const uint16_t* at, Mask mask) { return _mm512_maskz_loadu_epi16(mask, at); }
   static void store(uint16_t* at, __m512i lanes) { _mm512_storeu_si512(at, lanes); }
   static void store(uint16_t* at, Mask mask, __m512i lanes) { _mm512_mask_storeu_epi16(at, mask, lanes); }
-  static __m512i widened(__m512i lanes) { return lanes; }
   static __m512i compress(Mask mask, __m512i lanes) { return _mm512_maskz_compress_epi16(mask, lanes); }
   static __m512i expand(Mask mask, __m512i lanes) { return _mm512_maskz_expand_epi16(mask, lanes); }
 
   static void add_squares(__m512i now, __m512i old, __m512d* sums) {
-    using Single = Lanes<uint32_t, uint32_t>;
+    using Single = Lanes<uint32_t>;
     const __m512i upper = _mm512_set1_epi32(int(0xFFFF0000));  // odd elements are the upper halves of 32-bit lanes
-    const __m512 even = _mm512_sub_ps(Single::numbers<uint16_t>(now), Single::numbers<uint16_t>(old));
-    const __m512i now_odd = _mm512_and_si512(now, upper), old_odd = _mm512_and_si512(old, upper);
-    Single::add_squares(even, sums);
-    Single::add_squares(now_odd, old_odd, sums);
+    Single::add_squares(_mm512_slli_epi32(now, 16), _mm512_slli_epi32(old, 16), sums);
+    Single::add_squares(_mm512_and_si512(now, upper), _mm512_and_si512(old, upper), sums);
   }
 };
 #endif
 
-template <class Dense, class Full>
-inline void gather_masked(Dense* dense, const Full* full, const Columns& columns, const Full* ahead) {
-  using L = Lanes<Dense, Full>;
+template <class Bits>
+inline void gather_masked(Bits* dense, const Bits* full, const Columns& columns, const Bits* ahead) {
+  using L = Lanes<Bits>;
   using Mask = typename L::Mask;
   constexpr int lanes = L::count;
   int64_t place = 0;
@@ -144,7 +132,7 @@ inline void gather_masked(Dense* dense, const Full* full, const Columns& columns
     const int count = __builtin_popcount(mask);
     fetch(ahead + from);
     const __m512i found = from + lanes <= columns.full ? L::load(full + from) : L::load(full + from, mask);
-    const __m512i kept = L::compress(mask, L::widened(found));
+    const __m512i kept = L::compress(mask, found);
     // What is written past the last of them is written over by the next, as long as the row is there.
     if (place + lanes <= columns.length) {
       L::store(dense + place, kept);
@@ -155,10 +143,9 @@ inline void gather_masked(Dense* dense, const Full* full, const Columns& columns
   }
 }
 
-template <bool delta, class Dense, class Full>
-inline double scatter_masked(
-    const Dense* exact, const Full* values, Full* full, const Columns& columns, const Full* ahead) {
-  using L = Lanes<Dense, Full>;
+template <bool delta, class Bits>
+inline double scatter_masked(const Bits* values, Bits* full, const Columns& columns, const Bits* ahead) {
+  using L = Lanes<Bits>;
   using Mask = typename L::Mask;
   constexpr int lanes = L::count;
   int64_t place = 0;
@@ -172,13 +159,7 @@ inline double scatter_masked(
     const bool inside = place + lanes <= columns.length;
     fetch(ahead + from);
     const __m512i kept = L::expand(mask, inside ? L::load(values + place) : L::load(values + place, first));
-    if (delta) {
-      __m512i now = kept;
-      if (sizeof(Dense) > sizeof(Full)) {
-        now = L::expand(mask, inside ? L::load(exact + place) : L::load(exact + place, first));
-      }
-      L::add_squares(now, L::load(full + from, mask), sums);
-    }
+    if (delta) L::add_squares(kept, L::load(full + from, mask), sums);
     L::store(full + from, mask, kept);
     place += count;
   }
@@ -188,34 +169,34 @@ inline double scatter_masked(
 
 // `ahead` is the full row that comes next, fetched meanwhile: the hardware foresees neither rows that are left out nor
 // columns with gaps.
-template <class Dense, class Full>
-void gather_row(Dense* dense, const Full* full, const Columns& columns, const Full* ahead) {
+template <class Bits>
+void gather_row(Bits* dense, const Bits* full, const Columns& columns, const Bits* ahead) {
 #if MASKS
-  if constexpr (sizeof(Full) == 2 || sizeof(Full) == 4) {
+  if constexpr (sizeof(Bits) == 2 || sizeof(Bits) == 4) {
     if (!columns.masks.empty()) return gather_masked(dense, full, columns, ahead);
   }
 #endif
   if (ahead != full) fetch_row(columns, ahead);
   each_run(columns, [=](int64_t to, int64_t from, int64_t length) {
-    Dense* __restrict__ there = dense + to;
-    const Full* __restrict__ here = full + from;
-    for (int64_t k = 0; k < length; ++k) there[k] = widened<Dense>(here[k]);
+    Bits* __restrict__ there = dense + to;
+    const Bits* __restrict__ here = full + from;
+    for (int64_t k = 0; k < length; ++k) there[k] = here[k];
   });
 }
 
-// full ← values, which are `exact` or what it was rounded to. With `delta`, returns Σ (exact − full before)².
-template <bool delta, class Dense, class Full>
-inline double scatter_run(const Dense* exact, const Full* values, Full* __restrict__ full, int64_t length) {
+// full ← values. With `delta`, returns Σ (values − full before)².
+template <bool delta, class Bits>
+inline double scatter_run(const Bits* __restrict__ values, Bits* __restrict__ full, int64_t length) {
   int64_t k = 0;
   double sum = 0;
 #if MASKS
-  if constexpr (delta && (sizeof(Full) == 2 || sizeof(Full) == 4)) {
-    using L = Lanes<Dense, Full>;
+  if constexpr (delta && (sizeof(Bits) == 2 || sizeof(Bits) == 4)) {
+    using L = Lanes<Bits>;
     __m512d sums[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()};
     for (; k + L::count <= length; k += L::count) {
-      const __m512i now = L::load(exact + k);
+      const __m512i now = L::load(values + k);
       L::add_squares(now, L::load(full + k), sums);
-      L::store(full + k, sizeof(Dense) > sizeof(Full) ? L::load(values + k) : now);
+      L::store(full + k, now);
     }
     sum = _mm512_reduce_add_pd(_mm512_add_pd(sums[0], sums[1]));
   }
@@ -224,7 +205,7 @@ inline double scatter_run(const Dense* exact, const Full* values, Full* __restri
     double sums[16] = {};  // of every sixteenth, for an order of additions that vectors can keep
     for (; k + 16 <= length; k += 16) {
       for (int lane = 0; lane < 16; ++lane) {
-        const double change = number(exact[k + lane]) - number(full[k + lane]);
+        const double change = number(values[k + lane]) - number(full[k + lane]);
         sums[lane] += change * change;
         full[k + lane] = values[k + lane];
       }
@@ -233,7 +214,7 @@ inline double scatter_run(const Dense* exact, const Full* values, Full* __restri
   }
   for (; k < length; ++k) {
     if (delta) {
-      const double change = number(exact[k]) - number(full[k]);
+      const double change = number(values[k]) - number(full[k]);
       sum += change * change;
     }
     full[k] = values[k];
@@ -241,55 +222,17 @@ inline double scatter_run(const Dense* exact, const Full* values, Full* __restri
   return sum;
 }
 
-template <bool delta, class Dense, class Full>
-double scatter_row(
-    const Dense* exact, const Full* values, Full* full, const Columns& columns, const Full* ahead) {
+template <bool delta, class Bits>
+double scatter_row(const Bits* values, Bits* full, const Columns& columns, const Bits* ahead) {
 #if MASKS
-  if constexpr (sizeof(Full) == 2 || sizeof(Full) == 4) {
-    if (!columns.masks.empty()) return scatter_masked<delta>(exact, values, full, columns, ahead);
+  if constexpr (sizeof(Bits) == 2 || sizeof(Bits) == 4) {
+    if (!columns.masks.empty()) return scatter_masked<delta>(values, full, columns, ahead);
   }
 #endif
   if (ahead != full) fetch_row(columns, ahead);
   double squared = 0;
   each_run(columns, [&](int64_t from, int64_t to, int64_t length) {
-    squared += scatter_run<delta>(exact + from, values + from, full + to, length);
+    squared += scatter_run<delta>(values + from, full + to, length);
   });
   return squared;
-}
-
-// Stochastic rounding to bfloat16, the same bits as Rounding.narrow in master/precision.py: `place` is that of the
-// first value in its slab, two neighbours share the halves of a hash.
-inline void narrow(uint16_t* rounded, const uint32_t* values, int64_t count, int64_t place, const int32_t* keys) {
-  constexpr int64_t strip = 512;
-  constexpr uint32_t largest = 0x7F7F0000, infinity = 0x7F800000;
-  for (int64_t start = 0; start < count; start += strip, place += strip) {
-    const int64_t length = count - start < strip ? count - start : strip;
-    uint32_t words[strip / 2 + 1];
-    uint16_t random[strip + 2];
-    const uint32_t seed = uint32_t(keys[0]) + uint32_t(place / 2);
-    for (uint32_t i = 0; i < strip / 2 + 1; ++i) {
-      uint32_t word = seed + i;
-      word = (word ^ word >> 17) * 0xED5AD4BBu + uint32_t(keys[1]);
-      word = (word ^ word >> 11) * 0xAC4C1B51u + uint32_t(keys[2]);
-      word = (word ^ word >> 15) * 0x31848BABu + uint32_t(keys[3]);
-      words[i] = word ^ word >> 14;
-    }
-    std::memcpy(random, words, sizeof(words));
-    const uint16_t* bits = random + place % 2;
-    uint32_t most = 0;
-    for (int64_t i = 0; i < length; ++i) {
-      const uint32_t value = values[start + i], size = value & 0x7FFFFFFF;
-      most = size > most ? size : most;
-      rounded[start + i] = uint16_t((value + uint32_t(bits[i] ^ 0x8000)) >> 16);  // signed halves, from −2¹⁵ on
-    }
-    if (most <= largest) continue;
-    for (int64_t i = start; i < start + length; ++i) {
-      const uint32_t size = values[i] & 0x7FFFFFFF, sign = values[i] >> 16 & 0x8000;
-      if (size > infinity) {
-        rounded[i] = 0xFFFF;  // NaN, as torch writes it
-      } else if (size > largest) {
-        rounded[i] = uint16_t(sign | (size == infinity ? infinity >> 16 : largest >> 16));
-      }
-    }
-  }
 }
