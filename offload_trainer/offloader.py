@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from offload_trainer.agenda import Agenda, Reference
 from offload_trainer.device import memory, ranks
-from offload_trainer.device.processes import require_supported
+from offload_trainer.device.movers import Choice, choose_mover
+from offload_trainer.device.processes import require_supported, transfer_threads
 from offload_trainer.device.subnet import TrainedSubnet
 from offload_trainer.device.workbench import Workbench
 from offload_trainer.errors import UserError
@@ -41,6 +42,7 @@ class Offloader:
     overlap: write back and gather in the background while a round trains; the results are the same, bit for bit. Needs
         reference "next" and plans of constant widths; a round where one is missing goes without.
     folder: of a local disk, for a master larger than the memory: it is mapped from files there.
+    transfer: who moves elements on the host: torch ("plain"), compiled kernels ("native"), or the faster.
     precision: types in which the master stores large tensors. The subnet and the export stay of the types `model` came
         in; a write-back to bfloat16 rounds at random, by the seed in it, so that the expected value is exact.
 
@@ -66,6 +68,7 @@ class Offloader:
         reference: Reference = "next",
         overlap: bool = True,
         folder: Path | None = None,
+        transfer: Choice = "auto",
     ):
         self.accelerator = accelerator or Accelerator()
         require_supported(self.accelerator)
@@ -77,17 +80,16 @@ class Offloader:
         self.sync_every, self.clip_norm, self.precision = sync_every, clip_norm, precision
         carry, dtype = state == "carry", next(model.parameters()).dtype
         layout = probe_optimizer(optimizer, dtype, self.device) if carry else StateLayout({}, {}, None)
-        self.steps = 0  # optimizer steps taken
-        self.rounds = 0  # finished, that is, written back
+        self.steps = self.rounds = 0  # optimizer steps taken; rounds finished
         self.agenda = Agenda(groups, structure, reference)
         self.report, self.spent = RoundReport(), Spent()
         self._closed = False
         self._round: Round | None = None  # None between two rounds
         pin, sampled = self.device.type == "cuda", groups.sliced_by(structure.names)
         self._master = Master(model, layout, materialise=materialise, pin=pin, precision=precision, folder=folder)
-        self._bench = Workbench(
-            self._master, self.device, optimizer, layout, sampled=sampled, carry=carry, compile=compile, overlap=overlap
-        )
+        self.mover = choose_mover(transfer, transfer_threads(self.device, overlap=overlap))
+        ways = {"sampled": sampled, "carry": carry, "compile": compile, "overlap": overlap}
+        self._bench = Workbench(self._master, self.device, optimizer, layout, mover=self.mover, **ways)
         self.transfers = Transfers(self.spent)
         self._boundary: Boundary | None = self._make_boundary()
 
@@ -136,7 +138,6 @@ class Offloader:
 
     @property
     def between_rounds(self) -> bool:
-        """No round is running."""
         return self._round is None
 
     def settle(self) -> None:

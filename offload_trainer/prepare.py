@@ -15,6 +15,7 @@ from offload_trainer.config.base import size_in_bytes
 from offload_trainer.device import memory, ranks
 from offload_trainer.device.footprint import optimizer_cost
 from offload_trainer.device.link import probe_link
+from offload_trainer.device.native import load_kernels
 from offload_trainer.device.processes import require_devices, use_all_cores
 from offload_trainer.errors import UserError
 from offload_trainer.forecast import Forecast
@@ -58,6 +59,8 @@ def prepare(config: Config) -> Prepared:
         planning.require_writable(out)
         if (folder := master_folder(config)) is not None:
             planning.require_disk(folder)
+    if config.memory.transfer == "native":
+        load_kernels()
     set_seed(config.seed)
     task = tasks.build_task(config.task, config.seed)
     if config.structure.rules is not None:

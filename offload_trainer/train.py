@@ -58,6 +58,7 @@ def train(config: Config) -> None:
             reference=config.structure.reference,
             overlap=config.memory.overlap,
             folder=master_folder(config),
+            transfer=config.memory.transfer,
             materialise=task.materialise,
         ) as offloader,
         Monitor(
@@ -73,6 +74,7 @@ def train(config: Config) -> None:
         aside = store.begin(first) if accelerator.is_main_process else None
         if aside is not None:
             monitor.message(f"checkpoints of an earlier run are now in {aside}")
+        monitor.message(f"transfers: {offloader.mover.why}")
         if run.checkpoint is not None:
             snapshot.restore(offloader, run.checkpoint)
             monitor.message(f"resumed from {run.checkpoint.path}")

@@ -47,7 +47,7 @@ def loss_fn(module: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torc
 
 
 def offloader(model: nn.Module, factory: Factory = ADAMW, sync_every: int = 7, **structure) -> Offloader:
-    of_offloader = ("state", "clip_norm", "precision", "reference", "overlap", "folder")
+    of_offloader = ("state", "clip_norm", "precision", "reference", "overlap", "folder", "transfer")
     extra = {key: structure.pop(key) for key in of_offloader if key in structure}
     groups = find_groups(model, (torch.zeros(3, 3, 8, 8),))
     keep = structure.pop("keep", 0.5)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from offload_trainer import Offloader, Structure, UserError, find_groups, snapshot
-from offload_trainer.device import memory, transfer
+from offload_trainer.device import memory
 from offload_trainer.device.elements import gather_into, patch
+from offload_trainer.device.movers import Plain
 from offload_trainer.device.pipeline import Pipeline
 from offload_trainer.device.transfer import Transfer
 from offload_trainer.groups import Groups, random_plan
@@ -44,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bernoulli": {"sampler": "bernoulli", "budget": "global"},
     "cubic": {"schedule": "cubic", "start_keep": 1.0, "schedule_steps": 12},
     "clipped": {"clip_norm": 0.1},
+    "moved by torch": {"transfer": "plain"},
 }
 
 
@@ -73,7 +75,7 @@ MODELS: dict[str, tuple[Callable[..., nn.Module], Callable[[int], list], Any, An
 
 def make(kind: str, *, overlap: bool, seed: int = 1, **case: Any) -> Offloader:
     model, _, loss, inputs = MODELS[kind]
-    of_offloader = ("state", "precision", "reference", "clip_norm", "sync_every")
+    of_offloader = ("state", "precision", "reference", "clip_norm", "sync_every", "transfer")
     options = {"sync_every": 3} | {key: case.pop(key) for key in of_offloader if key in case}
     factory = case.pop("factory", ADAMW)
     full = model(seed)
@@ -196,17 +198,17 @@ def test_a_run_is_resumed_either_way(tmp_path: Path, steps: int, first: bool) ->
 
 def test_transfers_are_hidden_behind_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gather and write-back may take as long as the round; training does not wait for them."""
-    for name in ("gather_into", "scatter_from"):
+    for name in ("gather", "scatter"):
 
-        def slow(whole: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        def slow(whole: Callable[..., Any], pairs: list, **options: Any) -> Any:
             if threading.current_thread() is not threading.main_thread():
-                time.sleep(0.004)
-            return whole(*arguments, **options)
+                time.sleep(0.004 * len(pairs))
+            return whole(Plain(), pairs, **options)
 
-        monkeypatch.setattr(transfer, name, partial(slow, getattr(transfer, name)))
+        monkeypatch.setattr(Plain, name, partial(slow, getattr(Plain, name)))
     reports = []
-    with make("cnn", overlap=True, factory=SGD) as trainer:
-        for batch in data(20):
+    with make("cnn", overlap=True, factory=SGD, transfer="plain") as trainer:
+        for batch in data(18):
             time.sleep(0.08)
             run(trainer, [batch])
             if trainer.between_rounds:

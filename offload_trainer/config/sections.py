@@ -151,6 +151,9 @@ class MemoryConfig(Section):
     """Where the master lies; file: in files mapped from memory.folder, so that it may be larger than the memory."""
     folder: str | None = None
     """A folder on a fast local disk, for memory.master: file; null: the output folder."""
+    transfer: Literal["auto", "plain", "native"] = "auto"
+    """Who moves elements between master and staging: torch (plain), kernels that are compiled on first use (native), or
+    the faster of both, tried at the start."""
     overlap: bool = True
     """Write back and gather in the background while a round trains, with the same results; widths must be fixed and
     structure.reference next. Takes host memory for two subnets with their moments."""

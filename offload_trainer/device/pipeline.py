@@ -10,15 +10,14 @@ class Pipeline:
     """Does what it is given in order: on one background thread or, without `overlap`, at once.
 
     What a piece of work raises, with its traceback, the next `wait` raises, once; what was to follow it is left out.
-    threads: of torch, within the background thread; None: as many as torch takes.
+    threads: of torch, within the background thread.
     """
 
-    def __init__(self, *, overlap: bool, threads: int | None = None):
+    def __init__(self, *, overlap: bool, threads: int = 1):
         self._worker: ThreadPoolExecutor | None = None
         if overlap:
             self._worker = ThreadPoolExecutor(1, "transfers")
-            if threads is not None:
-                self._worker.submit(torch.set_num_threads, threads)
+            self._worker.submit(torch.set_num_threads, threads)
         self._given: list[Future[None]] = []
         self._failed = False
 

@@ -41,6 +41,18 @@ def local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def transfer_threads(device: torch.device, *, overlap: bool) -> int:
+    """Threads for the host's part of transfers: beside a GPU this process's share of the cores; on a CPU those of the
+    training, of which it leaves all but one alone where it goes on in the background."""
+    if device.type == "cpu":
+        return 1 if overlap else torch.get_num_threads()
+    return max(1, _cores() // local_processes())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def use_all_cores() -> None:
     """Undo accelerate's default of one thread for a process that has the machine's CPU to itself.
 
@@ -55,8 +67,7 @@ def use_all_cores() -> None:
     except psutil.Error:
         chosen = True
     if not chosen:
-        ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(min(ours, psutil.cpu_count(logical=False) or ours))
+        torch.set_num_threads(min(_cores(), psutil.cpu_count(logical=False) or _cores()))
 
 
 def require_supported(accelerator: Accelerator) -> None:

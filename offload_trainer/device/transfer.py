@@ -16,7 +16,8 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from offload_trainer.device.elements import distance, gather_into, scatter_from
+from offload_trainer.device.elements import distance
+from offload_trainer.device.movers import Mover, Plain
 from offload_trainer.groups.plan import Plan
 from offload_trainer.master.precision import Rounding
 from offload_trainer.master.slab import Slab
@@ -63,7 +64,8 @@ class Transfer:
     Where transfers overlap, `use` tells stagings of one layout apart, which then hold something at the same time.
     """
 
-    def __init__(self, device: torch.device, *, overlap: bool = False):
+    def __init__(self, device: torch.device, *, overlap: bool = False, mover: Mover | None = None):
+        self._mover = mover or Plain()
         self._device, self._pin = device, device.type == "cuda"
         self._apart = overlap or device.type != "cpu"
         self._staging: dict[tuple, Slab] = {}
@@ -85,8 +87,7 @@ class Transfer:
         """Staging ← what the plan keeps of the master."""
         start = perf_counter()
         for slab in staged:
-            for name in slab:
-                gather_into(slab[name], full[name], plan.indices(name))
+            self._mover.gather([(slab[name], full[name], plan.indices(name)) for name in slab])
             self.work.nbytes += slab.nbytes
         self.work.gather += perf_counter() - start
 
@@ -131,8 +132,8 @@ class Transfer:
         """Master ← staging. With `delta`, returns Σ (new − old)²."""
         start, squared = perf_counter(), 0.0
         for slab in staged:
-            for name in slab:
-                squared += scatter_from(slab[name], full[name], plan.indices(name), delta=delta)
+            pairs = [(slab[name], full[name], plan.indices(name)) for name in slab]
+            squared += self._mover.scatter(pairs, delta=delta)
             self.work.nbytes += slab.nbytes
         self.work.writeback += perf_counter() - start
         return squared

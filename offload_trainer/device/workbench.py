@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from offload_trainer.device import memory
 from offload_trainer.device.elements import patch
+from offload_trainer.device.movers import Mover
 from offload_trainer.device.pipeline import Pipeline
+from offload_trainer.device.processes import transfer_threads
 from offload_trainer.device.subnet import Subnet, TrainedSubnet
 from offload_trainer.device.transfer import Transfer, Work, limited
 from offload_trainer.groups.plan import Plan
@@ -54,15 +56,15 @@ class Workbench:
         carry: bool,
         compile: bool,
         overlap: bool,
+        mover: Mover,
     ):
         self._master, self._device, self._overlap = master, device, overlap
         self._layout, self._sampled, self._compile = layout, sampled, compile
         self._new_subnet = partial(
             TrainedSubnet, device=device, factory=factory, layout=layout, carry=carry, sampled=sampled
         )
-        self.transfer = Transfer(device, overlap=overlap)
-        # On a CPU the background must leave the cores to the training.
-        self.pipeline = Pipeline(overlap=overlap, threads=1 if device.type == "cpu" else None)
+        self.transfer = Transfer(device, overlap=overlap, mover=mover)
+        self.pipeline = Pipeline(overlap=overlap, threads=transfer_threads(device, overlap=overlap))
         self._subnet: TrainedSubnet | None = None
         self._reference: Subnet | None = None
         self._gathered: tuple[Plan, ...] = ()
