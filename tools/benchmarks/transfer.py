@@ -1,6 +1,10 @@
-"""How fast a subnet comes and goes: gather and write-back in GB/s, against a plain copy of the same bytes."""
+"""How fast a subnet comes and goes: gather and write-back in GB/s, against a plain copy of the same bytes.
 
-from collections.abc import Iterator
+The write-back tells the norm of its change, as in a run.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import median
 
 import torch
@@ -9,6 +13,8 @@ from torch import nn
 from benchmarks.records import Record, Setting
 from benchmarks.timing import take_turns, times_faster
 from benchmarks.workloads import Workload, llama
+from offload_trainer.device.movers import Mover, Native, Plain
+from offload_trainer.device.native import load_kernels
 from offload_trainer.device.subnet import Subnet
 from offload_trainer.device.transfer import Transfer
 from offload_trainer.groups import Groups, random_plan
@@ -17,6 +23,7 @@ from offload_trainer.master.precision import FP32
 
 KEEP = (0.5, 0.25)  # of every group, so of every axis
 REPEATS = {"quick": 3, "cpu": 11, "cuda": 11}
+AIM = {"cpu": 0.6, "cuda": 0.8}  # of gather and write-back together
 
 
 def workload(size: str) -> Workload:
@@ -34,12 +41,10 @@ def measure(setting: Setting) -> Iterator[Record]:
         model = workload(setting.size).build()
     groups = workload(setting.size).groups(model)
     master = Master(model, StateLayout({}, {}, None), materialise=fill, pin=setting.device.type == "cuda")
-    transfer = Transfer(setting.device)
     try:
         for keep in KEEP:
-            yield from compare(setting, master, groups, transfer, keep)
+            yield from compare(setting, master, groups, keep)
     finally:
-        transfer.close()
         master.close()
 
 
@@ -49,58 +54,70 @@ def fill(model: nn.Module) -> None:
         tensor.detach().uniform_(-1, 1)
 
 
-def compare(setting: Setting, master: Master, groups: Groups, transfer: Transfer, keep: float) -> Iterator[Record]:
+def movers() -> dict[str, Mover]:
+    """What a case's name ends with → who moves the elements."""
+    return {"": Plain(), ", native": Native(load_kernels(), torch.get_num_threads())}
+
+
+def compare(setting: Setting, master: Master, groups: Groups, keep: float) -> Iterator[Record]:
     repeats, device = REPEATS[setting.size], setting.device
     generator = torch.Generator().manual_seed(0)
     # A new plan each time, as in a run: the indices of its elements are worked out while gathering.
-    plans = [random_plan(groups, generator, keep) for _ in range(repeats + 2)]
-    plan = plans.pop()
-    subnet = Subnet(master, plan, device)
-    staged = transfer.staging(subnet.kinds, subnet.slabs, "weights")
+    plans = [random_plan(groups, generator, keep) for _ in range(2 * repeats + 3)]
+    subnet = Subnet(master, plans.pop(), device)
     numel = sum(slab.flat.numel() for slab in subnet.slabs)
     host = Slab({"copied": torch.Size([numel])}, torch.float32, pin=device.type == "cuda")
     there = Slab({"copied": torch.Size([numel])}, torch.float32, device)
     host.flat.fill_(1)
     there.flat.fill_(1)
 
-    def gather() -> None:
-        nonlocal plan
-        plan = plans.pop()
-        transfer.fetch(master.tensors, subnet.kinds, subnet.slabs, plan, "weights")
+    def gather(transfer: Transfer) -> None:
+        subnet.plan = plans.pop()
+        transfer.fetch(master.tensors, subnet.kinds, subnet.slabs, subnet.plan, "weights")
 
-    def write_back(*, delta: bool) -> None:
+    def write_back(transfer: Transfer) -> None:
+        staged = transfer.staging(subnet.kinds, subnet.slabs, "weights")
         transfer.unload(subnet.slabs, staged, FP32.rounding(0, "weights"))
-        transfer.merge(staged, master.tensors, plan, delta=delta)
+        transfer.merge(staged, master.tensors, subnet.plan, delta=True)
 
+    transfers = {way: Transfer(device, mover=mover) for way, mover in movers().items()}
+    contenders: dict[str, Callable[[], object]] = {"copy in": lambda: there.flat.copy_(host.flat)}
+    for way, transfer in transfers.items():
+        contenders[f"gather{way}"] = partial(gather, transfer)
+        contenders[f"writeback{way}"] = partial(write_back, transfer)
+    contenders["copy out"] = lambda: host.flat.copy_(there.flat)  # far from the other copy, whose buffers it shares
     try:
-        seconds = take_turns(
-            {
-                "copy in": lambda: there.flat.copy_(host.flat),
-                "gather": gather,
-                "copy out": lambda: host.flat.copy_(there.flat),  # far from the other copy, whose buffers it shares
-                "writeback": lambda: write_back(delta=False),
-                "writeback+delta": lambda: write_back(delta=True),
-            },
-            repeats,
-            device,
-        )
+        seconds = take_turns(contenders, repeats, device)
     finally:
         host.close()
+        for transfer in transfers.values():
+            transfer.close()
+    seconds["copy both"] = together(seconds, "copy in", "copy out")
     pinned = "pinned " if device.type == "cuda" else ""
-    for what, copy, way in (
-        ("gather", "copy in", "to the device"),
-        ("writeback", "copy out", "to the host"),
-        ("writeback+delta", "copy out", "to the host"),
-    ):
-        yield setting.record(
-            "transfer",
-            f"{what} rho={keep}",
-            subnet.nbytes / 1e9 / median(seconds[what]),
-            "GB/s",
-            times_faster(seconds, what, copy),
-            f"plain {pinned}copy of the same bytes" + (f" {way}" if pinned else ""),
-            repeats=repeats,
-            against_value=subnet.nbytes / 1e9 / median(seconds[copy]),
-            subnet_bytes=subnet.nbytes,
-            master_bytes=master.nbytes,
-        )
+    for way in transfers:
+        seconds[f"both{way}"] = together(seconds, f"gather{way}", f"writeback{way}")
+        for what, copy, times, direction in (
+            ("gather", "copy in", 1, "to the device"),
+            ("writeback", "copy out", 1, "to the host"),
+            ("both", "copy both", 2, "both ways"),
+        ):
+            moved = times * subnet.nbytes
+            yield setting.record(
+                "transfer",
+                f"{what} rho={keep}{way}",
+                moved / 1e9 / median(seconds[what + way]),
+                "GB/s",
+                times_faster(seconds, what + way, copy),
+                f"plain {pinned}copy of the same bytes" + (f" {direction}" if pinned else ""),
+                aim=AIM[device.type] if what == "both" and way else None,
+                repeats=repeats,
+                against_value=moved / 1e9 / median(seconds[copy]),
+                subnet_bytes=subnet.nbytes,
+                master_bytes=master.nbytes,
+                threads=torch.get_num_threads(),
+            )
+
+
+def together(seconds: Mapping[str, Sequence[float]], one: str, other: str) -> list[float]:
+    """Of two contenders, in each repeat."""
+    return [a + b for a, b in zip(seconds[one], seconds[other], strict=True)]
