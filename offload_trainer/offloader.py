@@ -35,16 +35,13 @@ class Offloader:
     loss_fn: `loss_fn(module, batch)` → scalar tensor, the mean over the batch.
     optimizer: makes the optimizer of a list of parameters.
     sync_every: K, optimizer steps between two samplings.
-    state: "carry" keeps the optimizer's moments of every entry in the master; "reset" starts them anew with every
-        round and saves their host memory.
+    state: "carry" keeps the optimizer's moments in the master; "reset" starts them anew with every round.
     clip_norm: gradients are scaled down to this norm. compile: `torch.compile` the subnet; needs constant widths.
     reference: what a subnet is compared with: the one trained "next", or a "fresh" one (agenda.py).
-    overlap: write back and gather in the background while a round trains; the results are the same, bit for bit. Needs
-        reference "next" and plans of constant widths; a round where one is missing goes without.
+    overlap: transfers go on in the background, with the same results, where widths are constant and reference "next".
     folder: of a local disk, for a master larger than the memory: it is mapped from files there.
     transfer: who moves elements on the host: torch ("plain"), compiled kernels ("native"), or the faster.
-    precision: types in which the master stores large tensors. The subnet and the export stay of the types `model` came
-        in; a write-back to bfloat16 rounds at random, by the seed in it, so that the expected value is exact.
+    precision: types in which the master stores large tensors; subnet and export have those that `model` came in.
 
     A round in which the loss or a weight was not finite raises at its end, before anything reaches the master.
     Use it as a context manager. A run's last, unfinished round is written back on a clean exit.
@@ -96,9 +93,12 @@ class Offloader:
     # What a training loop calls
 
     def loss(self, batch: Any) -> Tensor:
-        """Loss of the subnet on a batch; on the round's paired batches the reference is evaluated as well."""
+        """Loss of the subnet on a batch; on the round's paired batches the reference is evaluated as well.
+
+        A step's batch may come in parts, each with a `loss` and a backward pass: divide each loss by their number.
+        """
         running = self._running()
-        paired = running.paired and len(running.differences) < self.structure.paired_batches
+        paired = running.paired and running.steps < self.structure.paired_batches
         if paired:
             with self.spent.on("reference"), self.accelerator.autocast():
                 against = self._bench.reference_loss(self.loss_fn, batch)
@@ -107,8 +107,6 @@ class Offloader:
         running.losses.append(loss.detach())
         if paired:
             running.differences.append(loss.detach() - against)
-            if len(running.differences) == self.structure.paired_batches and not self.structure.constant_widths:
-                self._bench.drop_reference()  # of other widths next time; free its memory for the rest of the round
         return loss
 
     def step(self) -> None:
@@ -125,6 +123,8 @@ class Offloader:
         running.steps += 1
         if running.steps >= self.sync_every:
             self._end_round(running)
+        elif running.steps == self.structure.paired_batches and not self.structure.constant_widths:
+            self._bench.drop_reference()  # of other widths next time; free its memory for the rest of the round
 
     def begin_round(self) -> None:
         """Sample and gather now rather than at the next `loss`."""

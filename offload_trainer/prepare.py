@@ -1,34 +1,38 @@
 """Everything a run needs, made from its config; all that can be wrong with it is found here, before it is paid for."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
-from torch import nn
 
 from offload_trainer import planning, tasks
-from offload_trainer.config import Config, OptimizerConfig
+from offload_trainer.config import Config
 from offload_trainer.config.base import size_in_bytes
 from offload_trainer.device import memory, ranks
 from offload_trainer.device.footprint import optimizer_cost
 from offload_trainer.device.link import probe_link
 from offload_trainer.device.native import load_kernels
-from offload_trainer.device.processes import require_devices, use_all_cores
 from offload_trainer.errors import UserError
 from offload_trainer.forecast import Forecast
 from offload_trainer.groups import Groups, Plan, find_groups, read_rules, verify_groups
 from offload_trainer.groups.slicing import named_tensors, rebuild
+from offload_trainer.making import (
+    OptimizerFactory,
+    make_accelerator,
+    make_structure,
+    master_folder,
+    optimizer_factory,
+    recompute_activations,
+    resumable,
+)
 from offload_trainer.master import Checkpoint, Ledger, StateLayout, probe_optimizer
 from offload_trainer.master.precision import TYPES, Precision
 from offload_trainer.planning import Decision
 from offload_trainer.predicting import Predictor
 from offload_trainer.resuming import checkpoint_to_resume, require_resumable
 from offload_trainer.structure import Structure
-
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ def prepare(config: Config) -> Prepared:
         load_kernels()
     set_seed(config.seed)
     task = tasks.build_task(config.task, config.seed)
+    if config.memory.recompute:
+        recompute_activations(task.model)
     if config.structure.rules is not None:
         groups = read_rules(config.structure.rules, task.model, task.widths)
     else:
@@ -118,6 +124,9 @@ def make_predictor(
     """Raises `UserError` if the batch does not divide by the number of processes."""
     device, structure = accelerator.device, config.structure
     batch = tasks.shard(task.train[0], accelerator.process_index, accelerator.num_processes)
+    if config.micro_batches > 1:
+        parts = accelerator.num_processes * config.micro_batches
+        batch = tasks.shard(task.train[0], 0, parts, "the number of processes times micro_batches")
     batch, val_batch = send_to_device(batch, device), send_to_device(task.val[0], device)
     optimizer_cost(optimizer, torch.float32, device)  # what a first step imports and starts is there from now on
     memory.give_back()
@@ -207,86 +216,3 @@ def make_forecast(
     if accelerator.device.type == "cuda":
         notes.append("the CUDA context, some hundred MiB of the device, is not counted")
     return Forecast(decision.ledger, tuple(verdicts), decision.reason, link, export, tuple(notes))
-
-
-# What the config asks for
-
-
-def master_folder(config: Config) -> Path | None:
-    """Where the files of a mapped master lie."""
-    return Path(config.memory.folder or config.out) if config.memory.master == "file" else None
-
-
-def make_accelerator(config: Config) -> Accelerator:
-    require_devices()
-    use_all_cores()
-    precision = "bf16" if config.memory.autocast == "bf16" else "no"
-    try:
-        return Accelerator(
-            mixed_precision=precision,
-            log_with=config.track.trackers or None,  # type: ignore[arg-type]
-            project_dir=config.out,
-            cpu=not torch.accelerator.is_available(),  # asked for, so that several processes find each other on gloo
-        )
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise UserError(f"accelerate cannot start: {str(error).splitlines()[0]}") from error
-
-
-def make_structure(config: Config, groups: Groups) -> Structure:
-    section = config.structure
-    return Structure(
-        groups,
-        section.share,
-        per_group_keep=section.ratios,
-        estimator=section.estimator,
-        alpha=section.alpha,
-        sampler=section.sampler,
-        budget=section.budget,
-        min_units=section.min_units,
-        width_steps=groups.width_steps(section.multiple_of),
-        lr=section.lr,
-        paired_batches=section.paired_batches,
-        schedule=section.schedule,
-        start_keep=section.start_keep,
-        schedule_steps=section.schedule_steps,
-        seed=config.seed,
-    )
-
-
-def optimizer_factory(section: OptimizerConfig) -> OptimizerFactory:
-    """Norms and biases (one axis) are not decayed by AdamW; SGD decays all, as the paper's runs do."""
-
-    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        if section.kind == "sgd":
-            return torch.optim.SGD(
-                parameters, lr=section.lr, momentum=section.momentum, weight_decay=section.weight_decay
-            )
-        decayed = [p for p in parameters if p.ndim > 1]
-        others = [p for p in parameters if p.ndim <= 1]
-        groups = [
-            {"params": decayed, "weight_decay": section.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=section.lr, betas=section.betas)
-
-    return make
-
-
-def resumable(config: Config) -> dict[str, object]:
-    """What a resumed run must share with the run it goes on with; the rest of a config may change."""
-    structure = config.structure
-    return {
-        "sync_every": config.sync_every,
-        "seed": config.seed,
-        "optimizer.kind": config.optimizer.kind,
-        "optimizer.state": config.optimizer.state,
-        "memory.weights": config.memory.weights,
-        "memory.moments": config.memory.moments,
-        "structure.sampler": structure.sampler,
-        "structure.budget": structure.budget,
-        "structure.keep": structure.share if structure.uses_keep else None,
-        "structure.groups": structure.groups,
-        "structure.multiple_of": structure.multiple_of,
-        "structure.start": structure.start,
-        "structure.reference": structure.reference,
-    }

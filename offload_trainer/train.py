@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from offload_trainer import snapshot
@@ -20,11 +20,12 @@ from offload_trainer.evaluation import evaluate, evaluate_full
 from offload_trainer.forecast import show_forecast
 from offload_trainer.groups import Plan
 from offload_trainer.importance import importance
+from offload_trainer.making import master_folder, resumable
 from offload_trainer.master import CheckpointStore, whole_folder
 from offload_trainer.master.interrupts import undivided
 from offload_trainer.monitor import Monitor
 from offload_trainer.offloader import Offloader
-from offload_trainer.prepare import Prepared, master_folder, prepare, resumable
+from offload_trainer.prepare import Prepared, prepare
 from offload_trainer.result import best_of, recalibrate, save_export
 from offload_trainer.rounds import Meter
 from offload_trainer.tasks import shard
@@ -93,12 +94,12 @@ def train(config: Config) -> None:
                 if offloader.steps >= settle_from:
                     offloader.settle()
                 set_learning_rate(offloader.optimizer, config, offloader.steps)
-                loss = offloader.loss(batch)
-                accelerator.backward(loss)
+                parts = [shard(batch, i, config.micro_batches) for i in range(config.micro_batches)]
+                losses = [train_on(part, offloader, len(parts)) for part in parts]
                 record: dict[str, Any] = {}
                 with undivided():  # no step without its record
                     offloader.step()
-                    meter.add(task.count(batch) * accelerator.num_processes, loss)
+                    meter.add(task.count(batch) * accelerator.num_processes, torch.stack(losses).sum())
                     step = offloader.steps
                     ended = offloader.between_rounds and step < config.steps
                     validates = ended and due(config.track.eval_every, boundary, step)
@@ -123,6 +124,13 @@ def train(config: Config) -> None:
         save_checkpoint(offloader, store, config)
         monitor.summary(conclude(config, run, offloader, meter, monitor))
     accelerator.end_training()
+
+
+def train_on(batch: Any, offloader: Offloader, parts: int) -> Tensor:
+    """Forward and backward of one of so many parts of a step's batch; its share of the step's loss."""
+    loss = offloader.loss(batch) / parts
+    offloader.accelerator.backward(loss)
+    return loss.detach()
 
 
 def measured(run: Prepared, offloader: Offloader) -> dict[str, Any]:

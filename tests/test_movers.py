@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from offload_trainer import UserError
 from offload_trainer.device import movers, native
 from offload_trainer.device.movers import Native, Plain, choose_mover
 from offload_trainer.device.native import NotCompiled, load_kernels
@@ -88,6 +89,11 @@ def test_what_kernels_cannot_move_goes_the_plain_way() -> None:
         ended.append(full)
     for name, tensor in ended[0].items():
         assert torch.equal(tensor, ended[1][name])
+
+
+def test_another_word_is_refused() -> None:
+    with pytest.raises(UserError, match="transfer \\('fast'\\) must be auto, plain, native"):
+        movers.choose_mover("fast", 1)  # type: ignore[arg-type]
 
 
 @compiled

@@ -121,6 +121,37 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path, sto
     assert not list((out / "checkpoints").glob(".writing-*"))
 
 
+def test_parts_of_a_batch_make_the_same_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, losses = str(config(tmp_path, **{"structure.paired_batches": 2})), []
+    for parts in ("1", "2"):
+        out = tmp_path / parts
+        assert main(["--config", file, "--micro_batches", parts, "--out", str(out)]) == 0
+        losses.append([record["loss"] for record in metrics(out)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    capsys.readouterr()
+    assert main(["--config", file, "--micro_batches", "3"]) == 2
+    line = "task.batch_size (4) must be divisible by the number of processes times micro_batches (3)"
+    assert line in capsys.readouterr().err
+
+
+def test_recomputed_activations_train_the_same_and_take_less(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, losses, device = str(config(tmp_path, **TWO_LAYERS, **{"task.sequence": 64})), [], []
+    for way in ("false", "true"):
+        out = tmp_path / way
+        assert main(["--config", file, "--memory.recompute", way, "--out", str(out)]) == 0
+        losses.append([record["loss"] for record in metrics(out)])
+        phases = json.loads((out / "summary.json").read_text())["ledger"]["predicted"]["phases"]
+        device.append(phases["forward and backward"]["device_bytes"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert device[1] < 0.9 * device[0]
+    capsys.readouterr()
+    blobs = str(config(tmp_path, **custom("blobs")))
+    assert main(["--config", blobs, "--memory.recompute", "true"]) == 2
+    assert "memory.recompute (true) needs a model of transformers that offers it" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A folder, and two real processes on gloo: a run that cannot be; one in `two` of which each has half a batch."""

@@ -157,6 +157,9 @@ class MemoryConfig(Section):
     overlap: bool = True
     """Write back and gather in the background while a round trains, with the same results; widths must be fixed and
     structure.reference next. Takes host memory for two subnets with their moments."""
+    recompute: bool = False
+    """Activation checkpointing, of transformers' models: layers are computed again in the backward pass, which takes
+    longer, instead of keeping what they computed."""
     compile: bool = False
     """torch.compile the subnet (once: fixed widths only)."""
 
@@ -204,6 +207,8 @@ class Config(Section):
     """Optimizer steps."""
     sync_every: Count = 50
     """Optimizer steps between two samplings (K): the length of a round."""
+    micro_batches: Count = 1
+    """Parts in which each process takes its share of a step's batch, one after the other: less device memory."""
     out: str = "runs/run"
     """Output folder; by default runs/ and the name of the config file."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from functools import cache
 from time import perf_counter
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 
+from offload_trainer.device import memory
 from offload_trainer.device.elements import Pair, gather_into, scatter_from
 from offload_trainer.device.native import Kernels, NotCompiled, load_kernels
+from offload_trainer.errors import UserError
 
 Choice = Literal["auto", "plain", "native"]
 TRIED = 2**22
@@ -62,8 +64,11 @@ class Native:
         return squared + self._plain.scatter(others, delta=delta)
 
     def _split(self, pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
-        ours = [pair for pair in pairs if self._kernels.can_move(*pair)]
-        return ours, [pair for pair in pairs if not self._kernels.can_move(*pair)]
+        ours: list[Pair] = []
+        others: list[Pair] = []
+        for pair in pairs:
+            (ours if self._kernels.can_move(*pair) else others).append(pair)
+        return ours, others
 
 
 @cache
@@ -72,6 +77,8 @@ def choose_mover(choice: Choice, threads: int) -> Mover:
 
     Raises `NotCompiled`, which is a `UserError`, where kernels are asked for and cannot be compiled.
     """
+    if choice not in get_args(Choice):
+        raise UserError(f"transfer ({choice!r}) must be {', '.join(get_args(Choice))}")
     if choice == "plain":
         return Plain()
     if choice == "native":
@@ -81,6 +88,7 @@ def choose_mover(choice: Choice, threads: int) -> Mover:
     except NotCompiled as error:
         return Plain(str(error))
     native, plain = speed(Native(kernels, threads)), speed(Plain())
+    memory.give_back()
     if native > plain:
         return Native(kernels, threads, f"{native / 1e9:.1f} GB/s when tried, {plain / 1e9:.1f} by torch")
     return Plain(f"{plain / 1e9:.1f} GB/s when tried, {native / 1e9:.1f} by compiled kernels")

@@ -85,7 +85,7 @@ class Shuffle:
         return permutation
 
 
-def shard(batch: Any, rank: int, world: int) -> Any:
+def shard(batch: Any, rank: int, world: int, among: str = "the number of processes") -> Any:
     """The rows of a global batch that belong to one of `world` processes: equal, contiguous parts in rank order.
 
     Tuples, lists and mappings are walked (a mapping comes back as a dict); None stays None.
@@ -94,16 +94,16 @@ def shard(batch: Any, rank: int, world: int) -> Any:
     if batch is None:
         return None
     if isinstance(batch, Mapping):
-        return {key: shard(value, rank, world) for key, value in batch.items()}
+        return {key: shard(value, rank, world, among) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(shard(value, rank, world) for value in batch))
+        return type(batch)(*(shard(value, rank, world, among) for value in batch))
     if isinstance(batch, (tuple, list)):
-        return type(batch)(shard(value, rank, world) for value in batch)
+        return type(batch)(shard(value, rank, world, among) for value in batch)
     if not isinstance(batch, Tensor) or batch.ndim == 0:
         what = "a scalar tensor" if isinstance(batch, Tensor) else type(batch).__name__
         raise UserError(f"a batch holds {what}: it must be made of tensors whose axis 0 is the batch")
     if len(batch) % world:
-        raise UserError(f"task.batch_size ({len(batch)}) must be divisible by the number of processes ({world})")
+        raise UserError(f"task.batch_size ({len(batch)}) must be divisible by {among} ({world})")
     rows = len(batch) // world
     return batch[rank * rows : (rank + 1) * rows]
 
