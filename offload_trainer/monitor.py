@@ -30,7 +30,7 @@ FACTS: dict[str, tuple[str, str | None]] = {  # shown of a record: key → name 
     "keep": ("keep ratio ρ", "ρ "),
     "round": ("round", "round "),
     "per_second": ("speed", ""),
-    "transfer_share": ("waiting for transfers", "waiting "),
+    "transfer_share": ("between rounds", "between rounds "),
     "bytes_per_second": ("transfers", None),
     "link_share": ("of the link's speed", None),
     "overlapped_share": ("hidden behind training", None),

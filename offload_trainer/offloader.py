@@ -87,7 +87,7 @@ class Offloader:
         self.mover = choose_mover(transfer, transfer_threads(self.device, overlap=overlap))
         ways = {"sampled": sampled, "carry": carry, "compile": compile, "overlap": overlap}
         self._bench = Workbench(self._master, self.device, optimizer, layout, mover=self.mover, **ways)
-        self.transfers = Transfers(self.spent)
+        self.transfers = Transfers()
         self._boundary: Boundary | None = self._make_boundary()
 
     # What a training loop calls
@@ -134,7 +134,7 @@ class Offloader:
         """End the running round now, however few steps it had; afterwards the master is complete."""
         if self._round is not None and self._round.steps:
             self._end_round(self._round)
-        self._bench.pipeline.wait()
+        self._bench.wait()
 
     @property
     def between_rounds(self) -> bool:
@@ -172,19 +172,19 @@ class Offloader:
     @property
     def master(self) -> Mapping[str, Tensor]:
         """Parameter and buffer names → full-size tensor views, host, in the types they are stored in."""
-        self._bench.pipeline.wait()
+        self._bench.wait()
         return self._master.tensors
 
     @property
     def moments(self) -> Mapping[str, Mapping[str, Tensor]]:
         """The optimizer's names (`exp_avg`) → parameter names → full-size tensor views, host."""
-        self._bench.pipeline.wait()
+        self._bench.wait()
         return self._master.moments
 
     @property
     def model(self) -> nn.Module:
         """The full model; its tensors are the master's."""
-        self._bench.pipeline.wait()
+        self._bench.wait()
         return self._master.model
 
     @property
@@ -284,7 +284,7 @@ class Offloader:
             self.load_boundary(self.boundary())  # as if the round had never begun
             raise
         with self.spent.on("writeback"):
-            self._bench.pipeline.wait()  # for the round before, and for what was gathered meanwhile
+            self._bench.wait()  # for the round before, and for what was gathered meanwhile
         self.boundary()
         with undivided():  # an interrupt waits: half a write-back would be no state at all
             self._boundary = None

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from offload_trainer.device import footprint, memory
 from offload_trainer.device.elements import CHUNK
 from offload_trainer.device.footprint import Footprint, OptimizerCost
+from offload_trainer.device.link import PROBED
 from offload_trainer.errors import UserError
 from offload_trainer.groups import Groups, Plan
 from offload_trainer.groups.slicing import named_tensors
@@ -120,8 +121,9 @@ class Predictor:
     # The phases
 
     def _before_training(self, host: dict[str, int]) -> list[Phase]:
-        """Proof, loading, calibration."""
-        phases = []
+        """Probing, proof, loading, calibration."""
+        copied = {"process": self.process, "what is copied": (2 if self._on_host else 1) * PROBED}
+        phases = [Phase("link probed", copied, {})]
         if self.proof:
             elements = [tensor.numel() for tensor in self.tensors.values()]
             share = 1.0 if sum(elements) <= PROVED_WHOLE else PROVED_WHOLE / 4 / sum(elements)

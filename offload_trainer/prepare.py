@@ -13,7 +13,8 @@ from offload_trainer.config.base import size_in_bytes
 from offload_trainer.device import memory, ranks
 from offload_trainer.device.footprint import optimizer_cost
 from offload_trainer.device.link import probe_link
-from offload_trainer.device.native import load_kernels
+from offload_trainer.device.movers import choose_mover
+from offload_trainer.device.processes import transfer_threads
 from offload_trainer.errors import UserError
 from offload_trainer.forecast import Forecast
 from offload_trainer.groups import Groups, Plan, find_groups, read_rules, verify_groups
@@ -63,8 +64,8 @@ def prepare(config: Config) -> Prepared:
         planning.require_writable(out)
         if (folder := master_folder(config)) is not None:
             planning.require_disk(folder)
-    if config.memory.transfer == "native":
-        load_kernels()
+    # Here, where nothing is allocated yet, and before the process is measured: it loads a compiler's interface.
+    choose_mover(config.memory.transfer, transfer_threads(accelerator.device, overlap=config.memory.overlap))
     set_seed(config.seed)
     task = tasks.build_task(config.task, config.seed)
     if config.memory.recompute:

@@ -77,18 +77,17 @@ class Moved:
     link_ms: float = 0.0
     """Between staging and device, both ways."""
     waited_ms: float = 0.0
-    """What training waited for: of all of it, and of moving entries on the device."""
+    """What training waited for of all of it."""
     bytes_moved: int = 0
     """Gathered and written back."""
 
     @classmethod
-    def between(cls, before: Work, after: Work, waited: float) -> Self:
-        """waited: in seconds."""
+    def between(cls, before: Work, after: Work) -> Self:
         return cls(
             gather_ms=1e3 * (after.gather - before.gather),
             writeback_ms=1e3 * (after.writeback - before.writeback),
             link_ms=1e3 * (after.link - before.link),
-            waited_ms=1e3 * waited,
+            waited_ms=1e3 * (after.waited - before.waited),
             bytes_moved=after.nbytes - before.nbytes,
         )
 
@@ -114,19 +113,18 @@ class RoundReport(Moved):
 class Transfers:
     """Tells what transfers took from round to round, and in all."""
 
-    def __init__(self, spent: "Spent"):
-        self._spent = spent
-        self._before, self._waited = Work(), spent.waited
+    def __init__(self) -> None:
+        self._before = Work()
 
     def report(self, work: Work, delta_norm: float, difference: float | None) -> RoundReport:
         """At the end of a round. work: of all transfers until the newest write-back ended, delta_norm: of that."""
-        moved = RoundReport.between(self._before, work, self._spent.waited - self._waited)
-        self._before, self._waited = work, self._spent.waited
+        moved = RoundReport.between(self._before, work)
+        self._before = work
         return replace(moved, delta_norm=delta_norm, difference=difference)
 
     def total(self) -> Moved:
         """Of all rounds that were reported."""
-        return Moved.between(Work(), self._before, self._waited)
+        return Moved.between(Work(), self._before)
 
 
 @dataclass
@@ -138,14 +136,9 @@ class Spent:
     reference: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 
-    @property
-    def waited(self) -> float:
-        """For transfers."""
-        return self.gather + self.writeback
-
     def share(self) -> float:
-        """Of all the time so far, the part that training waited for transfers."""
-        return self.waited / max(1e-9, time.perf_counter() - self.started)
+        """Of all the time so far, the part between two rounds: waiting for transfers, moving entries on the device."""
+        return (self.gather + self.writeback) / max(1e-9, time.perf_counter() - self.started)
 
     @contextmanager
     def on(self, what: str):

@@ -122,7 +122,7 @@ def test_plain_lines(tmp_path: Path):
     first, second, third, *table = text.getvalue().splitlines()
     assert first == "[resumed] " + "x" * 60  # neither wrapped nor taken as markup
     assert second.startswith("step 50/100  loss 2.5000  val loss 2.7500  ρ 0.25  round 1  41.2k tokens/s")
-    assert "waiting 2.1%  host 3.0 GiB  device 12.0 MiB  left 0:00:0" in second
+    assert "between rounds 2.1%  host 3.0 GiB  device 12.0 MiB  left 0:00:0" in second
     assert third.startswith("step 60/100  loss –  left ")
     assert [line.split() for line in table] == [
         ["run", "steps", "100"],

@@ -9,6 +9,9 @@ from torch import Tensor
 from offload_trainer.device import memory
 from offload_trainer.master.slab import Slab
 
+PROBED = 2**26
+"""Bytes that are copied to probe it, in about a hundredth of a second: more than caches hold."""
+
 
 @dataclass(frozen=True)
 class Link:
@@ -23,8 +26,8 @@ class Link:
         return 2 / (1 / self.to_device + 1 / self.to_host)
 
 
-def probe_link(device: torch.device, nbytes: int = 2**27, repeats: int = 4) -> Link:
-    """Best of a few copies each way: 128 MiB, which no cache holds, take a few hundredths of a second."""
+def probe_link(device: torch.device, nbytes: int = PROBED, repeats: int = 4) -> Link:
+    """Best of a few copies each way."""
     host = Slab({"copied": torch.Size([nbytes])}, torch.uint8, pin=device.type == "cuda")
     there = Slab({"copied": torch.Size([nbytes])}, torch.uint8, device)
     host.flat.zero_()

@@ -1,9 +1,17 @@
 """Work that goes on while the device trains."""
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
+
+NAME = "transfers"
+
+
+def in_background() -> bool:
+    """Whether a `Pipeline`'s thread asks."""
+    return threading.current_thread().name.startswith(NAME)
 
 
 class Pipeline:
@@ -16,7 +24,7 @@ class Pipeline:
     def __init__(self, *, overlap: bool, threads: int = 1):
         self._worker: ThreadPoolExecutor | None = None
         if overlap:
-            self._worker = ThreadPoolExecutor(1, "transfers")
+            self._worker = ThreadPoolExecutor(1, NAME)
             self._worker.submit(torch.set_num_threads, threads)
         self._given: list[Future[None]] = []
         self._failed = False

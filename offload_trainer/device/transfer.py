@@ -18,6 +18,7 @@ from torch import Tensor
 
 from offload_trainer.device.elements import distance
 from offload_trainer.device.movers import Mover, Plain
+from offload_trainer.device.pipeline import in_background
 from offload_trainer.groups.plan import Plan
 from offload_trainer.master.precision import Rounding
 from offload_trainer.master.slab import Slab
@@ -54,6 +55,8 @@ class Work:
     writeback: float = 0.0
     link: float = 0.0
     """Seconds of the link's steps, both ways."""
+    waited: float = 0.0
+    """Seconds that training waited: for the link, for the host's steps outside the background, for the background."""
     nbytes: int = 0
     """Gathered and written back, in the master's types."""
 
@@ -89,7 +92,7 @@ class Transfer:
         for slab in staged:
             self._mover.gather([(slab[name], full[name], plan.indices(name)) for name in slab])
             self.work.nbytes += slab.nbytes
-        self.work.gather += perf_counter() - start
+        self._took("gather", start)
 
     def load(self, staged: Iterable[Slab], slabs: Iterable[Slab]) -> None:
         """Device ← staging. The host waits here for the link."""
@@ -100,7 +103,7 @@ class Transfer:
                     there.copy_(here.to(there.device))
             elif source is not target:
                 target.flat.copy_(source.flat)
-        self.work.link += perf_counter() - start
+        self._took("link", start)
 
     def arrived(self, staged: Slab, dtype: torch.dtype) -> Slab:
         """Staging as a slab on the device, of the type computed in: a new one unless it is there already."""
@@ -125,7 +128,7 @@ class Transfer:
                     here.copy_(rounded)
             elif source is not target:
                 target.flat.copy_(source.flat)
-        self.work.link += perf_counter() - start
+        self._took("link", start)
         return squared
 
     def merge(self, staged: Iterable[Slab], full: Mapping[str, Tensor], plan: Plan, *, delta: bool = False) -> float:
@@ -135,8 +138,14 @@ class Transfer:
             pairs = [(slab[name], full[name], plan.indices(name)) for name in slab]
             squared += self._mover.scatter(pairs, delta=delta)
             self.work.nbytes += slab.nbytes
-        self.work.writeback += perf_counter() - start
+        self._took("writeback", start)
         return squared
+
+    def _took(self, step: str, start: float) -> None:
+        seconds = perf_counter() - start
+        setattr(self.work, step, getattr(self.work, step) + seconds)
+        if not in_background():
+            self.work.waited += seconds
 
     def staging(self, kinds: Iterable[Layout], slabs: Iterable[Slab], use: str) -> list[Slab]:
         """Pinned slabs of these layouts, kept while shapes stay the same; a slab of `slabs` where it will do itself."""

@@ -9,6 +9,7 @@ others: at the swap, entries shared with the plan trained last are copied over o
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ class Workbench:
 
         Returns how the newest write-back went that has come to its end: this one or, where rounds overlap, the last.
         """
-        self.pipeline.wait()
+        self.wait()
         before = self.written
         subnet, rounding = self.subnet, self._master.precision.rounding
         subnet.end()
@@ -149,11 +150,19 @@ class Workbench:
         if not self._gathered:
             self._reference = None
 
+    def wait(self) -> None:
+        """Until the background is done; raises what went wrong there."""
+        start = perf_counter()
+        try:
+            self.pipeline.wait()
+        finally:
+            self.transfer.work.waited += perf_counter() - start
+
     # What it does on the way
 
     def _take(self, plan: Plan, fits: bool) -> None:
         """Gather a plan now."""
-        self.pipeline.wait()
+        self.wait()
         if not fits:
             self._subnet = None  # before the next one is made: never two
             self._subnet = self._new_subnet(self._master, plan)
@@ -167,7 +176,7 @@ class Workbench:
         if plan is None:
             self._reference = None
             return
-        self.pipeline.wait()
+        self.wait()
         if self._reference is None or not self._reference.fits(plan):
             self._reference = None  # before the next one is made: never two
             self._reference = Subnet(self._master, plan, self._device)
