@@ -101,7 +101,7 @@ def test_quick_run_writes_the_records_it_promises(
 
 def test_overhead_says_where_the_time_went() -> None:
     setting = Setting(Accelerator(), quick=True)
-    for record in overhead.compare(setting, workloads()[0], sync_every=6, turns=2):
+    for record in overhead.compare(setting, workloads()[0], sync_every=6, turns=2, rounds=1):
         shares = [record.details[f"{part}_share"] for part in ("gather", "writeback", "reference")]
         assert all(0 < share < 1 for share in shares) and sum(shares) < 1
 

@@ -15,9 +15,8 @@ from offload_trainer import Offloader, Structure
 from offload_trainer.groups import slice_module
 
 KEEP = 0.5  # of every group, so a quarter of the weights
-TURNS = {50: 3, 10: 5, 200: 1}  # K → timed turns of each contender
-QUICK_TURNS = {50: 2}
-ROUNDS = 3  # in a turn; what is in the background after the last of them is waited for, and counts
+TURNS = {50: (3, 2), 10: (4, 4), 200: (2, 1)}  # K → timed turns of each contender, rounds in a turn
+QUICK_TURNS = {50: (2, 1)}
 AIM = {"cpu": 0.93, "cuda": 0.97}  # overlapping, at K = 50
 
 
@@ -42,18 +41,18 @@ def workloads(size: str) -> list[Workload]:
 
 def measure(setting: Setting) -> Iterator[Record]:
     for workload in workloads(setting.size):
-        for sync_every, turns in (QUICK_TURNS if setting.quick else TURNS).items():
-            yield from compare(setting, workload, sync_every, turns)
+        for sync_every, (turns, rounds) in (QUICK_TURNS if setting.quick else TURNS).items():
+            yield from compare(setting, workload, sync_every, turns, rounds)
 
 
-def compare(setting: Setting, workload: Workload, sync_every: int, turns: int) -> Iterator[Record]:
+def compare(setting: Setting, workload: Workload, sync_every: int, turns: int, rounds: int) -> Iterator[Record]:
     """Rounds, overlapping and not, take turns with as many steps of the small network, which has the shapes of every
-    round's subnet.
+    round's subnet. What is in the background after the last round of a turn is waited for, and counts.
 
     The shares are of the host's time; on a GPU the reference's kernels run after the host has queued them.
     """
     batches = on_device(workload, 4, setting.device)
-    steps = sync_every * (1 if setting.quick else ROUNDS)
+    steps = sync_every * rounds
     with ExitStack() as stack:
         runs = {
             name: stack.enter_context(make_offloader(setting, workload, sync_every, overlap))
