@@ -145,6 +145,7 @@ def in_this_process(arguments: list[str]) -> None:
         state=config.optimizer.state,
         materialise=task.materialise,
         precision=prepared.precision,
+        overlap=False,  # whose staging would pass for the device's
     ) as offloader:
         batches = [task.train[step] for step in range(config.sync_every)]
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
