@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from offload_trainer.config import Config, OptimizerConfig
+from offload_trainer.device.numa import stay_near
 from offload_trainer.device.processes import require_devices, use_all_cores
 from offload_trainer.errors import UserError
 from offload_trainer.groups import Groups
@@ -26,7 +27,7 @@ def make_accelerator(config: Config) -> Accelerator:
     use_all_cores()
     precision = "bf16" if config.memory.autocast == "bf16" else "no"
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=precision,
             log_with=config.track.trackers or None,  # type: ignore[arg-type]
             project_dir=config.out,
@@ -34,6 +35,8 @@ def make_accelerator(config: Config) -> Accelerator:
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"accelerate cannot start: {str(error).splitlines()[0]}") from error
+    stay_near(accelerator.device)  # before any memory is touched
+    return accelerator
 
 
 def recompute_activations(model: nn.Module) -> None:

@@ -79,8 +79,7 @@ class Offloader:
         layout = probe_optimizer(optimizer, dtype, self.device) if carry else StateLayout({}, {}, None)
         self.steps = self.rounds = 0  # optimizer steps taken; rounds finished
         self.agenda = Agenda(groups, structure, reference)
-        self.report, self.spent = RoundReport(), Spent()
-        self._closed = False
+        self.report, self.spent, self._closed = RoundReport(), Spent(), False
         self._round: Round | None = None  # None between two rounds
         pin, sampled = self.device.type == "cuda", groups.sliced_by(structure.names)
         self._master = Master(model, layout, materialise=materialise, pin=pin, precision=precision, folder=folder)
@@ -202,10 +201,6 @@ class Offloader:
         """The optimizer of the running round; a learning rate schedule sets its `param_groups`."""
         return self._running_subnet().optimizer
 
-    def top_plan(self) -> Plan:
-        """The units of the largest s; all of them where no group is sampled."""
-        return self.agenda.top()
-
     def measured(self) -> dict[str, Any]:
         """Numbers of the running round and of the last finished one, for a log."""
         return {
@@ -228,6 +223,13 @@ class Offloader:
         if self._boundary is None or self._bench.broken:
             raise RuntimeError(BROKEN)
         return self._boundary.with_numbers(delta_norm=self._bench.written.delta_norm)
+
+    def at_boundary(self, work: Callable[[Boundary], object]) -> None:
+        """Between two rounds: do what needs the master as it is. Where rounds overlap, it goes on while the next one
+        trains, whose end waits for it and raises what it raised."""
+        boundary = self._boundary
+        assert boundary is not None and self._round is None
+        self._bench.pipeline.do(lambda: work(boundary.with_numbers(delta_norm=self._bench.written.delta_norm)))
 
     def load_boundary(self, boundary: Boundary) -> None:
         """Go on from a boundary; the master and its moments must hold what they held then."""
@@ -274,17 +276,15 @@ class Offloader:
         return self._round
 
     def _end_round(self, running: Round) -> None:
-        pairs = running.differences  # the host waits here for the round's last kernels
-        difference = ranks.mean(self.accelerator, torch.stack(pairs).mean()) if pairs else None
-        losses = torch.stack(running.losses)
-        ranks.average_(self.accelerator, [losses])
+        difference = running.difference(self.accelerator)  # the host waits here for the round's last kernels
+        losses = running.mean_losses(self.accelerator)
         try:
             running.require_finite(losses, self._bench.subnet.is_finite(), self.steps, self.rounds)
         except UserError:
             self.load_boundary(self.boundary())  # as if the round had never begun
             raise
         with self.spent.on("writeback"):
-            self._bench.wait()  # for the round before, and for what was gathered meanwhile
+            self._bench.wait()  # for the round before, a checkpoint of it, and what was gathered meanwhile
         self.boundary()
         with undivided():  # an interrupt waits: half a write-back would be no state at all
             self._boundary = None

@@ -54,7 +54,7 @@ def recalibrate(module: nn.Module, batches: Sequence[Any], loss_fn: LossFn, acce
 def best_of(offloader: Offloader, samples: int, batches: Sequence[Any]) -> Plan:
     """Of `samples` draws from s and the units of the largest s, the plan of least mean loss on the batches."""
     plans = [
-        offloader.top_plan(),
+        offloader.agenda.top(),
         *(Plan(offloader.groups, offloader.structure.draw()) for _ in range(samples)),
     ]
     losses = []

@@ -36,6 +36,16 @@ class Round:
     differences: list[Tensor] = field(default_factory=list)
     """L(m) − L(m′) of each paired batch."""
 
+    def difference(self, accelerator: Accelerator) -> float | None:
+        """d: mean over the paired batches and the ranks; None if there were none."""
+        return ranks.mean(accelerator, torch.stack(self.differences).mean()) if self.differences else None
+
+    def mean_losses(self, accelerator: Accelerator) -> Tensor:
+        """(losses so far,), each the mean over the ranks."""
+        losses = torch.stack(self.losses)
+        ranks.average_(accelerator, [losses])
+        return losses
+
     def require_finite(self, losses: Tensor, weights: bool, steps: int, rounds: int) -> None:
         """Raise `UserError`, naming the step, unless the losses (means over the ranks) and the weights are finite.
 

@@ -1,6 +1,7 @@
 """Checkpoints of an offloader: saved, checked, restored."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,15 @@ from offload_trainer.structure import Structure
 
 def save(offloader: Offloader, store: CheckpointStore, extra: Mapping[str, Any] | None = None) -> Path:
     """Write a checkpoint of the end of the last round: at any time, since the master changes only when a round ends."""
-    boundary = offloader.boundary()
+    return _write(offloader, store, extra, offloader.boundary())
+
+
+def save_meanwhile(offloader: Offloader, store: CheckpointStore, extra: Mapping[str, Any] | None = None) -> None:
+    """Between two rounds: write a checkpoint, while the next round trains where rounds overlap (see `at_boundary`)."""
+    offloader.at_boundary(partial(_write, offloader, store, extra))
+
+
+def _write(offloader: Offloader, store: CheckpointStore, extra: Mapping[str, Any] | None, boundary: Boundary) -> Path:
     parts: dict[str, Mapping[str, Tensor]] = {
         "weights": offloader.master,
         "structure": boundary.structure,

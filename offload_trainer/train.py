@@ -122,6 +122,7 @@ def train(config: Config) -> None:
         offloader.finish_round()
         meter.stop()
         save_checkpoint(offloader, store, config)
+        offloader.finish_round()  # waits for the checkpoint
         monitor.summary(conclude(config, run, offloader, meter, monitor))
     accelerator.end_training()
 
@@ -169,7 +170,7 @@ def conclude(config: Config, run: Prepared, offloader: Offloader, meter: Meter, 
     """Choose the result, evaluate it and the full master, export it; returns the content of summary.json."""
     accelerator, task, out = run.accelerator, run.task, Path(config.out)
     chosen_on = calibration(config, run)
-    plan = offloader.top_plan()
+    plan = offloader.agenda.top()
     if config.structure.result == "best_of" and run.structure.names:
         plan = best_of(offloader, config.structure.samples, chosen_on)
     small = offloader.export(plan).to(accelerator.device)
@@ -263,9 +264,9 @@ def due(every: int, previous: int, step: int) -> bool:
 
 
 def save_checkpoint(offloader: Offloader, store: CheckpointStore, config: Config) -> None:
+    """Between two rounds: while the next one trains, or until the offloader is next waited for."""
     if offloader.accelerator.is_main_process:
-        snapshot.save(offloader, store, {"config": resumable(config)})
-    offloader.accelerator.wait_for_everyone()
+        snapshot.save_meanwhile(offloader, store, {"config": resumable(config)})
 
 
 @contextmanager

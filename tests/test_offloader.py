@@ -264,7 +264,7 @@ def test_export_computes_what_the_final_subnet_computes() -> None:
         trainer.settle()
         run(trainer, data(5)[:4])
         subnet, plan = trainer.subnet, trainer.plan
-        assert plan == trainer.top_plan()
+        assert plan == trainer.agenda.top()
         trainer.step()  # the fifth: ends the round
     small = trainer.export()
     x = data(1)[0][0]

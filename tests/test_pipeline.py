@@ -20,10 +20,10 @@ from offload_trainer import Offloader, Structure, UserError, find_groups, snapsh
 from offload_trainer.device import memory
 from offload_trainer.device.elements import gather_into, patch
 from offload_trainer.device.movers import Plain
-from offload_trainer.device.pipeline import Pipeline
+from offload_trainer.device.pipeline import Pipeline, in_background
 from offload_trainer.device.transfer import Transfer
 from offload_trainer.groups import Groups, random_plan
-from offload_trainer.master import CheckpointStore, find_checkpoint
+from offload_trainer.master import CheckpointStore, checkpoint, find_checkpoint
 from offload_trainer.master.precision import Precision
 from tests.test_offloader import ADAMW, SGD, data, loss_fn, network, run
 
@@ -221,6 +221,59 @@ def test_transfers_are_hidden_behind_a_round(monkeypatch: pytest.MonkeyPatch) ->
     total = trainer.transfers.total()
     assert total.bytes_moved == sum(report.bytes_moved for report in reports)
     assert total.waited_ms == pytest.approx(sum(report.waited_ms for report in reports))
+
+
+@pytest.mark.usefixtures("races")
+def test_a_checkpoint_is_written_while_the_next_round_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds what the last round left, whatever the next one does meanwhile, and training does not wait for it."""
+    let_go, write = threading.Event(), checkpoint.write_safetensors
+
+    def slow(*arguments: Any) -> Any:
+        if in_background():
+            assert let_go.wait(60)
+        return write(*arguments)
+
+    stores = {overlap: CheckpointStore(tmp_path / str(overlap), keep_last=9) for overlap in (True, False)}
+    for overlap, store in stores.items():
+        let_go.clear()
+        torch.manual_seed(5)
+        with make("cnn", overlap=overlap) as trainer:
+            run(trainer, data(6))
+            monkeypatch.setattr(checkpoint, "write_safetensors", slow)
+            snapshot.save_meanwhile(trainer, store)
+            run(trainer, data(8)[6:])
+            assert store.is_empty() == overlap
+            let_go.set()
+            run(trainer, data(12)[8:])
+            snapshot.save_meanwhile(trainer, store)
+    for step in (6, 12):
+        found = [find_checkpoint(store.folder / f"step-{step:08d}") for store in stores.values()]
+        for part in ("weights", "moments.exp_avg", "moments.exp_avg_sq", "structure", "random"):
+            assert_same(*(one.read(part) for one in found))
+        assert found[0].meta["offloader"]["delta_norm"] == found[1].meta["offloader"]["delta_norm"]
+
+
+def test_a_checkpoint_that_fails_in_the_background_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path)
+    with make("cnn", overlap=True) as trainer:
+        run(trainer, data(3))
+        snapshot.save_meanwhile(trainer, store)
+        run(trainer, data(6)[3:])
+
+        def full(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as disk:
+            disk.setattr(checkpoint, "write_safetensors", full)
+            snapshot.save_meanwhile(trainer, store)
+            with pytest.raises(UserError, match=r"cannot write .*: No space left on device"):
+                run(trainer, data(9)[6:])
+        assert find_checkpoint(tmp_path).meta["step"] == 3
+        assert trainer.boundary().numbers["steps"] == 6
+        assert snapshot.save(trainer, store) == find_checkpoint(tmp_path).path
+        trainer._round = None
 
 
 @pytest.mark.parametrize("step", ["gather", "merge"])

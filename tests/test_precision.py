@@ -421,7 +421,7 @@ def test_the_export_is_a_subnet_of_the_master_in_the_type_it_computes_in() -> No
         trainer.settle()
         trainer.begin_round()
         subnet, plan = trainer.subnet, trainer.plan
-        assert plan == trainer.top_plan()
+        assert plan == trainer.agenda.top()
         before = {name: tensor.detach().clone() for name, tensor in named_tensors(subnet).items()}
         small = trainer.export()
         assert trainer.plan == plan

@@ -15,10 +15,27 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import bench
 import tables
-from benchmarks import scale, start
+from benchmarks import larger, scale, start
 from benchmarks.peers.sizes import SIZES, architecture
 
 from offload_trainer.errors import UserError
+
+
+def test_larger_tells_how_a_large_master_trains(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    assert bench.main(["larger", "--quick", "--json", str(file)]) == 0
+    (record,) = json.loads(file.read_text())
+    found = record["details"]
+    assert record["case"] == "llama tiny, 2 bytes quick" and record["ratio"] > 0
+    assert found["trained"] < 0.6 * found["parameters"]
+    assert all(seconds > 0 for what, seconds in found["seconds"].items() if "link" not in what)
+    assert [step for step, _ in found["losses"]] == [1, 8, 11, 16]
+    assert all(0 < loss < 8 for _, loss in found["losses"])
+    assert len(list(tables.larger([record]))) == 5
+
+
+def test_the_largest_model_has_40_billion_parameters() -> None:
+    assert 40e9 < sum(p.numel() for p in architecture(larger.LARGEST).parameters()) < 41e9
 
 
 def test_full_models_share_their_subnet(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Measure, always as a ratio to a baseline that takes turns with it, in the same process where it can.
 
-    python tools/bench.py slicing overhead transfer load ledger storage peers scale start [--json FILE] [--quick]
+    python tools/bench.py slicing overhead transfer load ledger storage peers scale start larger [--json FILE] [--quick]
 
 slicing: a training step of the sliced subnet, against the full dense network and against masks.
 overhead: steps per second of an offloaded run, against the same small network trained alone.
@@ -13,6 +13,8 @@ peers: tokens per second, memory and link of what else trains a model larger tha
     project itself does not depend on; what is not installed is recorded as such.
 scale: step, round, transfers and memory as the full model grows at a fixed subnet, against the smallest.
 start: seconds from launch to the first step, and where they go, against building the model with transformers alone.
+larger: masters many times the device memory (under `--cap`: 3 billion parameters, and 40 billion at 2 bytes each, on a
+    GPU): seconds to build, gather, write back and step, and the loss.
 
 Records go into FILE as they are measured; those of other cases and devices in it stay. `--quick` runs tiny sizes in
 seconds and proves only that everything runs: its cases bear their own names, so they never replace a measurement.
@@ -24,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
-from benchmarks import ledger, loading, overhead, peers, scale, slicing, start, storage, transfer
+from benchmarks import larger, ledger, loading, overhead, peers, scale, slicing, start, storage, transfer
 from benchmarks.peers.contenders import CONTENDERS
 from benchmarks.peers.sizes import SIZES
 from benchmarks.records import Record, Setting, merge, read_records, table
@@ -42,6 +44,7 @@ BENCHMARKS: dict[str, Callable[[Setting, argparse.Namespace], Iterator[Record]]]
     "peers": lambda setting, options: peers.measure(setting, peers_options(options)),
     "scale": lambda setting, _: scale.measure(setting),
     "start": lambda setting, options: start.measure(setting, options.size),
+    "larger": lambda setting, options: larger.measure(setting, int(options.cap * 2**30)),
 }
 
 
@@ -55,7 +58,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, help="of the model of peers and start")
     group = parser.add_argument_group("peers")
     group.add_argument(
-        "--cap", type=float, default=8, metavar="GIB", help="device memory of each, CUDA only (default: 8)"
+        "--cap",
+        type=float,
+        default=8,
+        metavar="GIB",
+        help="device memory of each, CUDA only, also of larger (default: 8)",
     )
     group.add_argument("--minutes", type=float, default=0.5, help="to time each contender for (default: 0.5)")
     group.add_argument("--batch", type=int, help="sequences in a step")

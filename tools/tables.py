@@ -110,6 +110,25 @@ def start(records: Records) -> Iterator[str]:
         yield "| seconds | " + " | ".join(f"{seconds:,.2f}" for seconds in parts.values()) + " |"
 
 
+def larger(records: Records) -> Iterator[str]:
+    """A row for each model, then how its loss fell."""
+    yield "| master | parameters | trained in a step | master ÷ device peak | device peak | host peak | seconds |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: | --- |"
+    for record in records:
+        d = record["details"]
+        seconds = ", ".join(f"{what} {took:,.3g}" for what, took in d["seconds"].items())
+        yield (
+            f"| {record['case']} | {d['parameters'] / 1e6:,.1f} M | {d['trained'] / 1e6:,.1f} M "
+            f"| {record['ratio']:.3g} | {d['against_value']:,.2f} GiB | {d['host_peak_bytes'] / 2**30:,.2f} GiB "
+            f"| {seconds} |"
+        )
+    for record in records:
+        curve = record["details"]["losses"]
+        shown = [curve[i * (len(curve) - 1) // 5] for i in range(6)]
+        yield ""
+        yield f"{record['case']}, training loss: " + ", ".join(f"{loss:.3f} (step {step})" for step, loss in shown)
+
+
 def storage(records: Records) -> Iterator[str]:
     yield "| master | host bytes per parameter | loss after equal steps | ÷ all fp32 | runs |"
     yield "| --- | ---: | ---: | ---: | ---: |"
@@ -127,6 +146,7 @@ LAYOUTS: dict[str, Callable[[Records], Iterator[str]]] = {
     "scale": scale,
     "start": start,
     "storage": storage,
+    "larger": larger,
 }
 
 

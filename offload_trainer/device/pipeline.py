@@ -29,14 +29,14 @@ class Pipeline:
         self._given: list[Future[None]] = []
         self._failed = False
 
-    def do(self, work: Callable[[], None]) -> None:
+    def do(self, work: Callable[[], object]) -> None:
         if self._worker is None:
             work()
         else:
             self._given.append(self._worker.submit(self._unless_failed, work))
 
     @torch.no_grad()
-    def _unless_failed(self, work: Callable[[], None]) -> None:
+    def _unless_failed(self, work: Callable[[], object]) -> None:
         if self._failed:
             return
         try:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from offload_trainer.device import memory
 from offload_trainer.device.elements import patch
 from offload_trainer.device.movers import Mover
-from offload_trainer.device.pipeline import Pipeline
+from offload_trainer.device.pipeline import Pipeline, in_background
 from offload_trainer.device.processes import transfer_threads
 from offload_trainer.device.subnet import Subnet, TrainedSubnet
 from offload_trainer.device.transfer import Transfer, Work, limited
@@ -151,7 +151,10 @@ class Workbench:
             self._reference = None
 
     def wait(self) -> None:
-        """Until the background is done; raises what went wrong there."""
+        """Until the background is done; raises what went wrong there. Asked by the background itself: all that was to
+        precede what it does now is done."""
+        if in_background():
+            return
         start = perf_counter()
         try:
             self.pipeline.wait()

@@ -59,7 +59,7 @@ def compare(setting: Setting, workload: Workload, sync_every: int, turns: int, r
             for name, overlap in (("overlapped", True), ("offloaded", False))
         }
         any_run = runs["offloaded"]
-        small = slice_module(any_run.model, any_run.top_plan(), any_run.groups).to(setting.device).train()
+        small = slice_module(any_run.model, any_run.agenda.top(), any_run.groups).to(setting.device).train()
         resident_step = training_step(small, workload, batches, setting.accelerator)
         spent: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
 

@@ -51,7 +51,7 @@ def start(size: Size, device: torch.device, keep: float) -> Trainer:
     return Trainer(
         step,
         parameters=total,
-        trained=sum(offloader.top_plan().shape(name).numel() for name, _ in model.named_parameters()),
+        trained=sum(offloader.agenda.top().shape(name).numel() for name, _ in model.named_parameters()),
         link_bytes=lambda: offloader.measured()["bytes_moved"] / SYNC_EVERY,
         link_source=f"counted: gathered and written back, a round of {SYNC_EVERY} steps",
         recipe={"keep": keep, "sync_every": SYNC_EVERY, "paired_batches": structure.paired_batches},
