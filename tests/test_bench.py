@@ -97,6 +97,9 @@ def test_quick_run_writes_the_records_it_promises(
         assert "aim" not in record["details"]  # tiny sizes are not what the aim is about
     shown = capsys.readouterr().out
     assert name in shown and "ratio" in shown
+    if name == "storage":
+        held = [record["details"]["bytes_per_parameter"] for record in records]
+        assert held == pytest.approx([12, 8, 6, 4, 2], rel=0.02)
 
 
 def test_overhead_says_where_the_time_went() -> None:

@@ -136,7 +136,7 @@ def storage(records: Records) -> Iterator[str]:
         d = record["details"]
         losses = ", ".join(f"{loss:.4f}" for loss in d["losses"])
         yield (
-            f"| {record['case']} | {d['bytes_per_parameter']:.2f} | {record['value']:.4f} ({losses}) "
+            f"| {record['case']} | {d['bytes_per_parameter']:.1f} | {record['value']:.4f} ({losses}) "
             f"| {record['ratio']:.4f} | {d['repeats']} of {d['steps']:,} steps |"
         )
 
