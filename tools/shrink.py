@@ -17,13 +17,13 @@ import argparse
 import json
 import math
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from benchmarks.launching import launch
 from benchmarks.records import Record, Setting, merge, read_records, table
 from rich.console import Console
 
@@ -120,25 +120,8 @@ class Run:
         return json.loads((folder / COST).read_text())
 
     def _launch(self, out: Path, steps: int, *arguments: object) -> None:
-        program = Path(sys.executable).with_name("accelerate")
-        command = [program, "launch", ROOT / "offload_trainer" / "run.py", "--config", self.options.config]
-        command += [
-            "--out",
-            out,
-            "--steps",
-            steps,
-            "--seed",
-            self.seed,
-            "--resume",
-            "auto",
-            *self.arguments,
-            *arguments,
-        ]
-        done = subprocess.run([str(word) for word in command], cwd=Path.cwd(), capture_output=True, text=True)
-        if done.returncode:
-            words = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(" ")]
-            ours = [line for line in words if "CalledProcessError" not in line]  # the launcher adds a traceback
-            raise UserError(f"{self.name}, seed {self.seed}: {next((w for w in ours if 'rror' in w), 'failed')}")
+        words = ["--config", self.options.config, "--out", out, "--steps", steps, "--seed", self.seed]
+        launch(f"{self.name}, seed {self.seed}", [*words, "--resume", "auto", *self.arguments, *arguments])
 
 
 def _record(

@@ -1,0 +1,77 @@
+"""The paper's tables, figure and claims, measured here.
+
+    python tools/reproduce.py table5|figure4|interval|cost|wide [--json FILE] [--picture FILE.svg] [--quick] [--key …]
+
+table5: VGG-19 on CIFAR-10 at the sizes of the paper's Table 5: accuracy, minutes of both passes, speed-up.
+figure4: E L², V(s) and V_max(s) through the training of ResNet-32 (Figure 4, and the properties it shows).
+interval: final quality when the subnetwork is resampled every 1, 10, 50, 200 steps (the claim of Section D).
+cost: train cost of dense training, GrowEfficient, the paper's method and this one (Section C.1), counted and timed.
+wide: a master 8 times as wide as the subnetwork that fits (channel ratios far below the paper's).
+
+Records and picture go to tools/results/, and those of other sizes and devices stay. Every training run has a folder of
+its own in `--out`; one that is complete is not repeated, an interrupted one goes on. `NAME --help` lists the sizes;
+keys of a config that follow are passed on to every sparse run. `--quick`: tiny runs that prove only that it works.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from accelerate import Accelerator
+from benchmarks.records import Setting, merge, read_records, table
+from reproduction import cost, figure4, interval, table5
+from rich.console import Console
+
+from offload_trainer.errors import UserError
+
+RESULTS = Path(__file__).parent / "results"
+PARTS: dict[str, ModuleType] = {"table5": table5, "figure4": figure4, "interval": interval, "cost": cost}
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="reproduce.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    for name, part in PARTS.items():
+        sub = names.add_parser(
+            name, description=part.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, help=part.__doc__
+        )
+        sub.add_argument("--out", type=Path, default=Path("runs") / name, help="folder of its runs")
+        sub.add_argument("--json", type=Path, metavar="FILE", help=f"default: tools/results/{name}.json")
+        sub.add_argument("--picture", type=Path, metavar="FILE", help=f"default: tools/results/{name}.svg")
+        sub.add_argument("--quick", action="store_true", help="tiny, and results go into --out unless named")
+        part.add_arguments(sub)
+    options, options.passed_on = parser.parse_known_args(arguments)
+    results = options.out if options.quick else RESULTS
+    options.json = options.json or results / f"{options.name}.json"
+    options.picture = options.picture or results / f"{options.name}.svg"
+    options.command = " ".join(["python tools/reproduce.py", *arguments])
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    part, setting = PARTS[options.name], Setting(Accelerator(), quick=options.quick)
+    records = []
+    try:
+        if options.quick:
+            options.out.mkdir(parents=True, exist_ok=True)
+        read_records(options.json)  # a file that cannot be added to is found before hours of measuring
+        for record in part.measure(setting, options):
+            records.append(record)
+            merge(options.json, [record])
+            print(f"{record.case}: {record.value:.4g} {record.unit}, {record.ratio:.3g} × {record.against}", flush=True)
+        part.draw(json.loads(options.json.read_text()), options.picture)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    Console().print(table(records))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

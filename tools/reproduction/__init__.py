@@ -1,0 +1,1 @@
+"""What the paper measured, measured again: see tools/reproduce.py."""

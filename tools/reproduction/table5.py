@@ -1,0 +1,188 @@
+"""The paper's Table 5: VGG-19 on CIFAR-10, dense and at five sizes; accuracy, time of both passes, speed-up.
+
+Beside them ResNet-32 with doubled channels and WRN-28-10 at one size each (`--models`). The paper gives the share of
+the parameters; here the keep ratio of every channel group is its square root, which leaves about that share.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.records import Record, Setting
+
+from reproduction.pictures import new_figure, save
+from reproduction.runs import Run, finish
+
+
+@dataclass(frozen=True)
+class Row:
+    """Of the paper's table."""
+
+    accuracy: float
+    parameters: float
+    """Share of the dense network's, 0 to 1."""
+    faster: float
+    """Dense time ÷ this one's, both passes."""
+
+    @property
+    def keep(self) -> float:
+        return round(self.parameters**0.5, 4)
+
+
+DENSE = 0.9384
+PAPER = (
+    Row(0.9346, 0.2371, 1.55),
+    Row(0.9311, 0.1275, 2.09),
+    Row(0.9223, 0.0669, 3.20),
+    Row(0.9082, 0.0306, 4.50),
+    Row(0.8797, 0.0080, 7.41),
+)
+CONFIGS = {"vgg19": "vgg19_cifar10", "resnet32": "resnet32_cifar10", "wrn28_10": "wrn28_10_cifar10"}
+OTHERS = (0.5,)
+"""Keep ratios of the models that Table 5 has no rows of."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", default="data/cifar10", help="as task.data of a config (default: data/cifar10)")
+    parser.add_argument("--models", nargs="+", choices=CONFIGS, default=["vgg19"])
+    parser.add_argument("--epochs", type=float, default=300, help="of the training images (default: 300)")
+    parser.add_argument("--images", type=int, default=50_000, help="in an epoch, for smaller data")
+    parser.add_argument("--width", type=float, help="factor on all channels (default: the config's)")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+
+
+def measure(setting: Setting, options: argparse.Namespace) -> Iterator[Record]:
+    """A record for each model, size and seed; further arguments go to every run."""
+    for model in options.models:
+        rows: tuple[Row | float, ...] = PAPER if model == "vgg19" else OTHERS
+        for seed in options.seeds:
+            dense = train(options, model, 1.0, seed)
+            yield _record(setting, options, model, 1.0, seed, dense, dense, None)
+            for row in rows[:: len(rows) - 1 or 1] if setting.quick else rows:
+                paper = row if isinstance(row, Row) else None
+                keep = paper.keep if paper else float(row)  # type: ignore[arg-type]
+                yield _record(setting, options, model, keep, seed, train(options, model, keep, seed), dense, paper)
+
+
+def train(options: argparse.Namespace, model: str, keep: float, seed: int) -> Run:
+    steps = max(2, round(options.epochs * options.images / options.batch))
+    arguments = ["--steps", steps, "--seed", seed, "--task.data", options.data, "--task.batch_size", options.batch]
+    arguments += ["--track.log_every", max(1, steps // 100), "--track.eval_every", max(1, steps // 10)]
+    arguments += ["--checkpoint.every", max(1, steps // 5), "--track.display", "plain"]
+    arguments += ["--task.width", options.width] if options.width else []
+    whole = ["--structure.keep", "null", "--structure.groups", '{"*": 1.0}', "--structure.result", "top"]
+    arguments += whole if keep == 1 else ["--structure.keep", keep, *options.passed_on]
+    return finish(options.out / f"{model}-{keep:g}-seed-{seed}", CONFIGS[model], arguments)
+
+
+def _record(
+    setting: Setting,
+    options: argparse.Namespace,
+    model: str,
+    keep: float,
+    seed: int,
+    run: Run,
+    dense: Run,
+    paper: Row | None,
+) -> Record:
+    exported = run.summary["exported"]
+    took, against = (sum(one.passes.values()) for one in (run, dense))
+    curve = [(r["step"], r["train_seconds"], r["val_accuracy"]) for r in run.metrics if "val_accuracy" in r]
+    size = f"width {options.width or 'of the config'}, {options.epochs:g} epochs"
+    return setting.record(
+        "table5",
+        f"{model}, {size}, keep {keep:g}, seed {seed}",
+        100 * exported["accuracy"],
+        "% accuracy",
+        against / took,
+        "dense network, seconds of both passes",
+        repeats=1,
+        against_value=100 * dense.summary["exported"]["accuracy"],
+        model=model,
+        size=size,
+        keep=keep,
+        seed=seed,
+        parameters=run.parameters,
+        share=run.parameters / dense.parameters,
+        forward_minutes=run.passes["forward"] / 60,
+        backward_minutes=run.passes["backward"] / 60,
+        train_minutes=run.seconds / 60,
+        steps=run.summary["steps"],
+        curve=curve,
+        paper=paper and {"lost": 100 * (DENSE - paper.accuracy), "faster": paper.faster, "share": paper.parameters},
+        arguments=options.passed_on,
+        tool="tools/reproduce.py table5",
+        command=options.command,
+    )
+
+
+def draw(records: list[dict[str, Any]], file: Path) -> None:
+    """Accuracy lost against the dense network over the speed-up, ours and the paper's."""
+    figure, axes = new_figure()
+    for size, found in groupby(_sized(records), key=lambda r: f"{r['details']['model']}, {r['details']['size']}"):
+        points = averaged([r for r in found if r["details"]["keep"] < 1])
+        axes.plot([p["faster"] for p in points], [p["lost"] for p in points], marker="o", label=f"here: {size}")
+    axes.plot([row.faster for row in PAPER], [100 * (DENSE - row.accuracy) for row in PAPER], "k--x", label="paper")
+    axes.set(xlabel="times as fast as the dense network, both passes", ylabel="accuracy lost, points")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    save(figure, file)
+
+
+def _sized(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(records, key=lambda r: (r["details"]["model"], r["details"]["size"], -r["details"]["keep"]))
+
+
+def averaged(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Over the seeds: a row for each keep ratio, largest first."""
+    rows = []
+    for keep, found in groupby(sorted(records, key=lambda r: -r["details"]["keep"]), lambda r: r["details"]["keep"]):
+        group = list(found)
+        details = [record["details"] for record in group]
+        accuracies = [record["value"] for record in group]
+        rows.append(
+            {
+                "keep": keep,
+                "accuracy": mean(accuracies),
+                "spread": stdev(accuracies) if len(group) > 1 else None,
+                "lost": mean(record["details"]["against_value"] - record["value"] for record in group),
+                "faster": mean(record["ratio"] for record in group),
+                **{
+                    key: mean(d[key] for d in details)
+                    for key in ("share", "forward_minutes", "backward_minutes", "train_minutes")
+                },
+                "seeds": len(group),
+                "paper": details[0]["paper"],
+            }
+        )
+    return rows
+
+
+def rows(records: list[dict[str, Any]]) -> Iterator[str]:
+    """Markdown, for README."""
+    for (model, size), found in groupby(_sized(records), lambda r: (r["details"]["model"], r["details"]["size"])):
+        group = list(found)
+        yield f"{model}, {size}, {group[0]['details']['steps']:,} steps:"
+        yield ""
+        yield (
+            "| keep ρ | parameters | accuracy | lost | paper: lost | forward | backward | both | times as fast "
+            "| paper: times | whole loop | seeds |"
+        )
+        yield "| ---: |" * 1 + " ---: |" * 11
+        for row in averaged(group):
+            spread = "" if row["spread"] is None else f" ± {row['spread']:.2f}"
+            paper = row["paper"]
+            both = row["forward_minutes"] + row["backward_minutes"]
+            yield (
+                f"| {row['keep']:g} | {row['share']:.2%} | {row['accuracy']:.2f}%{spread} | {row['lost']:.2f} "
+                f"| {'' if paper is None else format(paper['lost'], '.2f')} | {row['forward_minutes']:.1f} min "
+                f"| {row['backward_minutes']:.1f} min | {both:.1f} min | {row['faster']:.2f} "
+                f"| {'' if paper is None else format(paper['faster'], '.2f')} | {row['train_minutes']:.1f} min "
+                f"| {row['seeds']} |"
+            )
+        yield ""
