@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -104,15 +103,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def in_this_process(shrink: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that the comparison launches, but for the one below that fails, cost no start of a process."""
-
-    other = subprocess.run
-
-    def launched(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        if command[1:3] != ["launch", str(runs.ROOT / "offload_trainer" / "run.py")]:
-            return other(command, **options)  # of a library
-        return subprocess.CompletedProcess(command, run.main(command[3:]), "", "")
-
-    monkeypatch.setattr(shrink.subprocess, "run", launched)
+    monkeypatch.setattr(shrink, "launch", lambda what, words: run.main([str(word) for word in words]))
 
 
 @pytest.mark.usefixtures("in_this_process")

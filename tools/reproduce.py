@@ -10,7 +10,7 @@ wide: a master 8 times as wide as the subnetwork that fits (channel ratios far b
 
 Records and picture go to tools/results/, and those of other sizes and devices stay. Every training run has a folder of
 its own in `--out`; one that is complete is not repeated, an interrupted one goes on. `NAME --help` lists the sizes;
-keys of a config that follow are passed on to every sparse run. `--quick`: tiny runs that prove only that it works.
+keys of a config that follow are passed on to every run, `--structure.…` to the sparse ones. `--quick`: tiny runs that prove only that it works.
 """
 
 import argparse
@@ -49,8 +49,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     results = options.out if options.quick else RESULTS
     options.json = options.json or results / f"{options.name}.json"
     options.picture = options.picture or results / f"{options.name}.svg"
+    options.of_structure, options.passed_on = _split(options.passed_on)
     options.command = " ".join(["python tools/reproduce.py", *arguments])
     return options
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """Keys of the structure with their values, and the others."""
+    chosen: tuple[list[str], list[str]] = ([], [])
+    for word in words:
+        if word.startswith("--"):
+            part = chosen[0 if word.startswith("--structure.") else 1]
+        part.append(word)  # a value follows its key
+    return chosen
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

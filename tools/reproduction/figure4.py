@@ -55,7 +55,7 @@ def measure(setting: Setting, options: argparse.Namespace) -> Iterator[Record]:
     steps, points = options.steps, options.points
     arguments = ["--steps", steps, "--seed", options.seed, "--task.data", options.data, "--checkpoint.keep_last", 10**6]
     arguments += ["--checkpoint.every", max(1, steps // points), "--track.display", "plain"]
-    arguments += ["--track.log_every", max(1, steps // 100), *options.passed_on]
+    arguments += ["--track.log_every", max(1, steps // 100), *options.of_structure, *options.passed_on]
     out = options.out / f"steps-{steps}-seed-{options.seed}"
     run = finish(out, "resnet32_cifar10", arguments, keep_checkpoints=True)
     command = ["--config", ROOT / "configs" / "resnet32_cifar10.yaml", "--out", run.out, *arguments]
@@ -82,7 +82,7 @@ def measure(setting: Setting, options: argparse.Namespace) -> Iterator[Record]:
             pairs=point.pairs,
             largest=point.largest,
             factors=factors,
-            arguments=options.passed_on,
+            arguments=[*options.of_structure, *options.passed_on],
             tool="tools/reproduce.py figure4",
             command=options.command,
         )

@@ -32,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--image-steps", type=int, default=58_600, help="of 256 images (default: 300 epochs)")
     parser.add_argument("--text-steps", type=int, default=10_000, help="of 1,024 bytes (default: 10,000)")
-    parser.add_argument(
-        "--width", type=float, default=2.0, help="of ResNet-32's channels (default: 2, the paper's)"
-    )
+    parser.add_argument("--width", type=float, default=2.0, help="of ResNet-32's channels (default: 2, the paper's)")
 
 
 def measure(setting: Setting, options: argparse.Namespace) -> Iterator[Record]:
@@ -58,7 +56,7 @@ def train(setting: Setting, options: argparse.Namespace, task: str, every: int, 
         arguments += ["--task.model", json.dumps(MODEL), "--task.sequence", 128, "--task.batch_size", 8]
         arguments += ["--task.val_batches", 2 if setting.quick else 40, "--structure.settle", 0]
     config = {"image": "resnet32_cifar10", "text": "quickstart"}[task]
-    passed_on = options.passed_on if task == "image" or not setting.quick else []
+    passed_on = [*options.of_structure, *options.passed_on]
     return finish(options.out / f"{task}-{every}-seed-{seed}", config, [*arguments, *passed_on])
 
 
@@ -87,7 +85,7 @@ def _record(
         seed=seed,
         train_minutes=run.seconds / 60,
         transfers=run.summary["transfers"],
-        arguments=options.passed_on,
+        arguments=[*options.of_structure, *options.passed_on],
         tool="tools/reproduce.py interval",
         command=options.command,
     )

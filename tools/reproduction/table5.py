@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(setting: Setting, options: argparse.Namespace) -> Iterator[Record]:
-    """A record for each model, size and seed; further arguments go to every run."""
+    """A record for each model, size and seed."""
     for model in options.models:
         rows: tuple[Row | float, ...] = PAPER if model == "vgg19" else OTHERS
         for seed in options.seeds:
@@ -76,7 +76,8 @@ def train(options: argparse.Namespace, model: str, keep: float, seed: int) -> Ru
     arguments += ["--checkpoint.every", max(1, steps // 5), "--track.display", "plain"]
     arguments += ["--task.width", options.width] if options.width else []
     whole = ["--structure.keep", "null", "--structure.groups", '{"*": 1.0}', "--structure.result", "top"]
-    arguments += whole if keep == 1 else ["--structure.keep", keep, *options.passed_on]
+    arguments += whole if keep == 1 else ["--structure.keep", keep, *options.of_structure]
+    arguments += options.passed_on
     return finish(options.out / f"{model}-{keep:g}-seed-{seed}", CONFIGS[model], arguments)
 
 
@@ -115,7 +116,7 @@ def _record(
         steps=run.summary["steps"],
         curve=curve,
         paper=paper and {"lost": 100 * (DENSE - paper.accuracy), "faster": paper.faster, "share": paper.parameters},
-        arguments=options.passed_on,
+        arguments=[*options.of_structure, *options.passed_on],
         tool="tools/reproduce.py table5",
         command=options.command,
     )
