@@ -53,6 +53,12 @@ class Agenda:
         plan, after, later = self._plans(self._structure.follow())
         return Entry(self.top(), None, (after, later)) if first else Entry(plan, after, (after, later))
 
+    def end(self, plan: Plan, steps: int, now: int, difference: float | None) -> None:
+        """The round of `plan` has ended after `steps`, at step `now` of the run. difference: d, if there were pairs."""
+        self._structure.trained(plan, steps, now)
+        if difference is not None:
+            self._structure.update(difference)
+
     def top(self) -> Plan:
         """The units of the largest s; all of them where no group is sampled."""
         (plan,) = self._plans([self._structure.top()])

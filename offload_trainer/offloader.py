@@ -292,8 +292,7 @@ class Offloader:
                 ranks.average_buffers(self.accelerator, self._bench.subnet.module)
                 written = self._bench.end(running.steps, self.rounds)
             self.report = self.transfers.report(written.work, written.delta_norm, difference)
-            if difference is not None:
-                self.structure.update(difference)
+            self.agenda.end(self._bench.subnet.plan, running.steps, self.steps, difference)
             self._bench.subnet.optimizer.zero_grad()  # of a batch that was never followed by a step
             self.rounds += 1
             self._round = None

@@ -103,9 +103,11 @@ def train(config: Config) -> None:
                     step = offloader.steps
                     ended = offloader.between_rounds and step < config.steps
                     validates = ended and due(config.track.eval_every, boundary, step)
-                    if step % config.track.log_every == 0 or validates or step == config.steps:
+                    pictured = step == config.steps or (ended and due(config.track.structure_every, boundary, step))
+                    if step % config.track.log_every == 0 or validates or pictured:
                         monitor.show(run.structure.flat if run.structure.names else torch.ones(1))
                         record = {"step": step, **meter.read(accelerator), **measured(run, offloader)}
+                        record |= {"structure": run.structure.portrait(step)} if pictured else {}
                         if not validates:
                             monitor.log(record)
                 if validates:

@@ -10,7 +10,8 @@ wide: a master 8 times as wide as the subnetwork that fits (channel ratios far b
 
 Records and picture go to tools/results/, and those of other sizes and devices stay. Every training run has a folder of
 its own in `--out`; one that is complete is not repeated, an interrupted one goes on. `NAME --help` lists the sizes;
-keys of a config that follow are passed on to every run, `--structure.…` to the sparse ones. `--quick`: tiny runs that prove only that it works.
+keys of a config that follow are passed on to every run, `--structure.…` to the sparse ones. `--quick`: tiny runs that
+prove only that it works.
 """
 
 import argparse
@@ -22,13 +23,19 @@ from types import ModuleType
 
 from accelerate import Accelerator
 from benchmarks.records import Setting, merge, read_records, table
-from reproduction import cost, figure4, interval, table5
+from reproduction import cost, figure4, interval, table5, wide
 from rich.console import Console
 
 from offload_trainer.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
-PARTS: dict[str, ModuleType] = {"table5": table5, "figure4": figure4, "interval": interval, "cost": cost}
+PARTS: dict[str, ModuleType] = {
+    "table5": table5,
+    "figure4": figure4,
+    "interval": interval,
+    "cost": cost,
+    "wide": wide,
+}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -194,6 +194,9 @@ class TrackConfig(Section):
     """Optimizer steps between two lines of metrics.jsonl."""
     eval_every: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps between two evaluations, rounded to whole rounds; 0: only at the end."""
+    structure_every: Annotated[int, Field(ge=0)] = 500
+    """Optimizer steps between two pictures of s, widths and coverage in metrics.jsonl, rounded to whole rounds; 0: none
+    but the last."""
     trackers: list[str] = Field(default=[])
     """Accelerate's trackers to report to, such as tensorboard or wandb."""
     display: Literal["auto", "rich", "plain"] = "auto"

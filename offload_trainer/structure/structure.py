@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from offload_trainer.errors import UserError
+from offload_trainer.structure.arguments import Budget, Estimator, Sampler, require_arguments
 from offload_trainer.structure.budgets import GroupLike, ScheduleName, group_budgets, require
+from offload_trainer.structure.coverage import Coverage, portrait
 from offload_trainer.structure.drawn import AHEAD, Drawn
 from offload_trainer.structure.estimators import rloo, vr_pge
 from offload_trainer.structure.projection import project
@@ -16,9 +18,6 @@ from offload_trainer.structure.ranking import largest, largest_of_all
 from offload_trainer.structure.samplers import bernoulli, fixed
 from offload_trainer.structure.starts import polarised
 
-Estimator = Literal["rloo", "vr_pge"]
-Sampler = Literal["fixed", "bernoulli"]
-Budget = Literal["per_group", "global"]
 ESTIMATORS = {"rloo": rloo, "vr_pge": vr_pge}
 Kept = dict[str, Tensor]
 """Name of each sampled group → its kept units, int64, sorted."""
@@ -54,6 +53,8 @@ class Structure:
     """Name → (units,) fp32 in [0, 1]: views of one flat vector, which `update` and `set_step` change."""
     step: int
     """The optimizer step whose keep ratios hold."""
+    coverage: Coverage
+    """Of all sampled units, in the order of `flat`."""
 
     def __init__(
         self,
@@ -74,21 +75,8 @@ class Structure:
         schedule_steps: int = 0,
         seed: int = 0,
     ):
-        for key, value, choices in (
-            ("estimator", estimator, get_args(Estimator)),
-            ("sampler", sampler, get_args(Sampler)),
-            ("budget", budget, get_args(Budget)),
-            ("schedule", schedule, get_args(ScheduleName)),
-        ):
-            require(value in choices, key, value, f"be one of {', '.join(choices)}")
-        require(0 < keep <= 1, "keep", keep, "be in (0, 1]")
-        require(0.5 <= alpha < 1, "alpha", alpha, "be in [0.5, 1)")
-        require(0 <= lr < math.inf, "lr", lr, "be finite and not negative")
-        require(paired_batches >= 1, "paired_batches", paired_batches, "be at least 1")
-        require(min_units >= 1, "min_units", min_units, "be at least 1")
-        if width_steps and max(width_steps.values()) > 1:
-            rule = "be 1 unless sampler is fixed, budget per_group"
-            require(sampler == "fixed" and budget == "per_group", "multiple_of", max(width_steps.values()), rule)
+        kinds = {"estimator": estimator, "sampler": sampler, "budget": budget, "schedule": schedule}
+        require_arguments(keep, alpha, lr, paired_batches, min_units, width_steps, **kinds)
         self._budgets = group_budgets(
             groups,
             keep,
@@ -100,13 +88,11 @@ class Structure:
             width_steps=width_steps or {},
         )
 
-        self.names = tuple(self._budgets)
-        self.step = 0
+        self.names, self.step = tuple(self._budgets), 0
         self.estimator: Estimator = estimator
-        self.alpha = alpha
         self.sampler: Sampler = sampler
         self.budget: Budget = budget
-        self.min_units = min_units
+        self.alpha, self.min_units = alpha, min_units
         self.paired_batches = paired_batches
         self._generator = torch.Generator("cpu").manual_seed(seed)
 
@@ -117,7 +103,7 @@ class Structure:
             s.fill_(self._allowance(name) / s.numel())
         self._scores = torch.zeros_like(self._flat)
         self._explore = 0.0  # 0: no scores were given
-        self._drawn = Drawn(units)
+        self._drawn, self.coverage = Drawn(units), Coverage(units)
         self._adam = torch.optim.Adam([self._flat], lr=lr)
         # Made here and not by the first step, so that state_dict always has the same keys.
         self._moments: dict[str, Tensor] = {
@@ -191,6 +177,18 @@ class Structure:
         self._adam.step()
         self._project()
 
+    def trained(self, kept: Mapping[str, Tensor], steps: int, now: int) -> None:
+        """The kept units, by group, have been trained for `steps` more, until step `now` of the run."""
+        mask = torch.zeros_like(self._flat, dtype=torch.bool)
+        for name, part in self._by_name(mask).items():
+            part[kept[name]] = True
+        self.coverage.add(mask, steps, now)
+
+    def portrait(self, now: int) -> dict[str, dict[str, Any]]:
+        """Name of each sampled group → s and coverage of its units at step `now`, for a log (coverage.py)."""
+        steps, last = self._by_name(self.coverage.steps), self._by_name(self.coverage.last)
+        return {name: portrait(s, steps[name], last[name], now) for name, s in self.s.items()}
+
     def draw(self) -> Kept:
         """One more sample. It replaces none that is remembered, but moves the generator on."""
         return self._kept(self._draw())
@@ -219,6 +217,7 @@ class Structure:
             "explore": torch.tensor(self._explore, dtype=torch.float64, device="cpu"),
             "step": torch.tensor(self.step, device="cpu"),
             **{f"drawn.{key}": value for key, value in self._drawn.state_dict().items()},
+            **{f"coverage.{key}": value for key, value in self.coverage.state_dict().items()},
             "units": torch.tensor([len(s) for s in self.s.values()], dtype=torch.long, device="cpu"),  # of each group
             "generator": self._generator.get_state(),  # uint8
         }
@@ -239,6 +238,7 @@ class Structure:
         self._scores, self._explore = state["scores"].clone(), float(state["explore"])
         self.step = int(state["step"])
         self._drawn.load_state_dict({key: state[f"drawn.{key}"] for key in self._drawn.state_dict()})
+        self.coverage.load_state_dict({key: state[f"coverage.{key}"] for key in self.coverage.state_dict()})
         self._generator.set_state(state["generator"])
 
     def _allowance(self, name: str) -> float:
