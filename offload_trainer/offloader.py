@@ -134,6 +134,7 @@ class Offloader:
         if self._round is not None and self._round.steps:
             self._end_round(self._round)
         self._bench.wait()
+        self.transfers.end(self._bench.written.work)
 
     @property
     def between_rounds(self) -> bool:

@@ -124,7 +124,7 @@ class Transfers:
     """Tells what transfers took from round to round, and in all."""
 
     def __init__(self) -> None:
-        self._before = Work()
+        self._before = self._last = Work()
 
     def report(self, work: Work, delta_norm: float, difference: float | None) -> RoundReport:
         """At the end of a round. work: of all transfers until the newest write-back ended, delta_norm: of that."""
@@ -132,9 +132,13 @@ class Transfers:
         self._before = work
         return replace(moved, delta_norm=delta_norm, difference=difference)
 
+    def end(self, work: Work) -> None:
+        """work: of all transfers, when none is under way: rounds that overlap report the last write-back no more."""
+        self._last = work
+
     def total(self) -> Moved:
-        """Of all rounds that were reported."""
-        return Moved.between(Work(), self._before)
+        """Of all transfers when `end` was told last."""
+        return Moved.between(Work(), self._last)
 
 
 @dataclass

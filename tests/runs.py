@@ -11,8 +11,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from PIL import Image
 from torch import nn
 
 from offload_trainer.device import memory
@@ -201,3 +203,15 @@ def wide(width: int) -> dict[str, Any]:
     hidden = [layer for _ in range(4) for layer in (nn.Linear(width, width), nn.ReLU())]
     model = nn.Sequential(nn.Linear(8, width), nn.ReLU(), *hidden, nn.Linear(width, 3))
     return blobs() | {"model": model}
+
+
+def images(folder: Path, size: int) -> Path:
+    """A tiny imagefolder of noise: two classes, six training and two test images each."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", 6), ("test", 2)):
+        for label in ("cat", "dog"):
+            (folder / part / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 255, (size, size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / part / label / f"{i}.png")
+    return folder

@@ -218,9 +218,9 @@ def test_transfers_are_hidden_behind_a_round(monkeypatch: pytest.MonkeyPatch) ->
         assert took > 100 and report.waited_ms < took / 3
         assert told["overlapped_share"] == pytest.approx(1 - report.waited_ms / took)
         assert told["bytes_per_second"] == pytest.approx(1e3 * report.bytes_moved / took)
-    total = trainer.transfers.total()
-    assert total.bytes_moved == sum(report.bytes_moved for report in reports)
-    assert total.waited_ms == pytest.approx(sum(report.waited_ms for report in reports))
+    total, reported = trainer.transfers.total(), sum(report.bytes_moved for report in reports)
+    assert reported < total.bytes_moved < reported * (1 + 1.5 / len(reports))  # the last write-back as well
+    assert total.waited_ms >= sum(report.waited_ms for report in reports)
 
 
 @pytest.mark.usefixtures("races")

@@ -9,10 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +19,7 @@ from offload_trainer.config import parse
 from offload_trainer.result import load_export
 from offload_trainer.run import main
 from offload_trainer.tasks import build_task
-from tests.runs import LLAMA, ROOT, TWO_LAYERS, config, custom, launch, metrics
+from tests.runs import LLAMA, ROOT, TWO_LAYERS, config, custom, images, launch, metrics
 
 EXPECTED_METRICS = {
     *("step", "round", "loss", "keep", "tokens_per_second", "gather_ms", "writeback_ms"),
@@ -263,18 +261,6 @@ def test_a_second_run_in_the_same_folder_keeps_its_own_checkpoints(
 def test_a_write_killed_before_the_first_checkpoint_is_a_first_start(tmp_path: Path) -> None:
     (tmp_path / "out" / "checkpoints" / ".writing-step-00000004").mkdir(parents=True)
     assert main(["--config", str(config(tmp_path, steps=4, **custom("blobs"))), "--resume", "auto"]) == 0
-
-
-def images(folder: Path, size: int) -> Path:
-    """A tiny imagefolder of noise: two classes, six training and two test images each."""
-    random = np.random.default_rng(0)
-    for part, count in (("train", 6), ("test", 2)):
-        for label in ("cat", "dog"):
-            (folder / part / label).mkdir(parents=True)
-            for i in range(count):
-                pixels = random.integers(0, 255, (size, size, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / part / label / f"{i}.png")
-    return folder
 
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if "shrink" not in path.stem)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from offload_trainer.errors import UserError
 from offload_trainer.structure import Structure, constant, cubic, project, rloo
+from offload_trainer.structure.coverage import portrait
 
 Group = namedtuple("Group", "name units")
 GROUPS = [
@@ -266,3 +267,32 @@ def test_default_device_does_not_matter():
         structure.top()
         structure.load_state_dict(structure.state_dict())
     assert_same(trace, rounds(Structure(GROUPS, budget="global", schedule="cubic", schedule_steps=30), 3))
+
+
+def test_coverage_counts_the_steps_of_every_unit() -> None:
+    structure = Structure(GROUPS, keep=0.5, seed=3)
+    steps, last = torch.zeros_like(structure.flat, dtype=torch.long), torch.zeros_like(structure.flat, dtype=torch.long)
+    kept: dict[str, Tensor] = {}
+    for number in range(1, 5):
+        kept, _ = structure.pair()
+        structure.trained(kept, 5, 5 * number)
+        mask = torch.cat([torch.isin(torch.arange(len(s)), kept[name]) for name, s in structure.s.items()])
+        steps, last = steps + 5 * mask, torch.where(mask, 5 * number, last)
+    assert torch.equal(structure.coverage.steps, steps) and torch.equal(structure.coverage.last, last)
+    other = Structure(GROUPS, keep=0.5, seed=4)
+    other.load_state_dict(structure.state_dict())
+    assert other.portrait(20) == structure.portrait(20)
+    start = 0
+    for name, s in structure.s.items():
+        shown, own = structure.portrait(20)[name], slice(start, start + len(s))
+        assert shown["width"] == len(kept[name]) and shown["units"] == len(s) <= 64
+        assert shown["trained"] == pytest.approx([round(n / 20, 3) for n in steps[own].tolist()])
+        assert shown["age"] == (20 - last[own]).tolist()
+        start += len(s)
+
+
+def test_a_picture_of_many_units_has_few_rows() -> None:
+    s = torch.arange(200) / 200
+    shown = portrait(s, torch.arange(200), torch.full((200,), 7), 10)
+    assert len(shown["s"]) == len(shown["trained"]) == len(shown["age"]) == 64
+    assert shown["s"][0] == pytest.approx(s[:4].mean().item(), abs=1e-3) and shown["age"] == [3] * 64

@@ -1,0 +1,200 @@
+"""The tools that measure what the paper claims: each at its quick size, and what they compute."""
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from offload_trainer import UserError, train
+from tests.runs import ROOT, images, metrics
+
+SMALL = ["--task.batch_size", "4", "--structure.result_batches", "1", "--structure.samples", "2"]
+
+
+@pytest.fixture
+def tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
+    """The modules; runs that they launch cost no start of a process."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "Offloader", train.Offloader)  # what a timed run puts in its place is taken back
+    names = ("cost", "figure4", "interval", "runs", "table5", "timed", "wide")
+    found = {name: importlib.import_module(f"reproduction.{name}") for name in names}
+    tools = SimpleNamespace(**found, reproduce=importlib.import_module("reproduce"), launched=[])
+
+    def launch(what: str, words: list[Any], program: list[str]) -> None:
+        tools.launched.append(what)
+        assert program == ["-m", "reproduction.timed"]
+        own, train.Offloader = train.Offloader, Offloader
+        if tools.timed.main([str(word) for word in words]):
+            raise UserError(what)
+        train.Offloader = own
+
+    Offloader = train.Offloader
+    monkeypatch.setattr(tools.runs, "launch", launch)
+    images(tmp_path / "data" / "cifar10", 32)
+    return tools
+
+
+def records(tools: SimpleNamespace, name: str, *arguments: str) -> list[dict[str, Any]]:
+    """What a quick run of a tool writes: its JSON, and a picture beside it."""
+    assert tools.reproduce.main([name, "--quick", *arguments]) == 0
+    found = json.loads((Path("runs") / name / f"{name}.json").read_text())
+    assert (Path("runs") / name / f"{name}.svg").read_text().rstrip().endswith("</svg>")
+    for record in found:
+        details = record["details"]
+        assert record["name"] == name and record["case"].endswith(" quick") and record["device"]
+        assert math.isfinite(record["value"]) and math.isfinite(record["ratio"])
+        assert record["versions"]["torch"] == torch.__version__
+        assert details["command"].startswith(f"python tools/reproduce.py {name} --quick")
+    lines = [line for line in getattr(tools, name).rows(found) if line.startswith("|")]
+    assert len(lines) > 2 and len({line.count("|") for line in lines}) == 1  # a table: as many cells in every row
+    return found
+
+
+def test_table5(tools: SimpleNamespace) -> None:
+    arguments = ["--width", "0.125", "--epochs", "1", "--images", "12", "--batch", "4", "--sync_every", "2"]
+    arguments += ["--structure.paired_batches", "1", *SMALL[2:]]
+    dense, large, small = records(tools, "table5", *arguments)
+    assert [r["details"]["keep"] for r in (dense, large, small)] == [1, 0.4869, 0.0894]
+    assert dense["ratio"] == 1 and dense["details"]["share"] == 1
+    assert 0.1 < large["details"]["share"] < 0.4 and small["details"]["share"] < large["details"]["share"]
+    for record in (dense, large, small):
+        d = record["details"]
+        assert d["steps"] == 3 and d["curve"]
+        assert 0 < d["forward_minutes"] + d["backward_minutes"] < d["train_minutes"]
+    assert large["details"]["paper"] == {"lost": pytest.approx(0.38), "faster": 1.55, "share": 0.2371}
+    launched = list(tools.launched)
+    assert len(launched) == 3
+    assert len(records(tools, "table5", *arguments)) == 3  # all of it is done
+    assert tools.launched == launched
+    assert tools.reproduce.main(["table5", "--quick", *arguments[:-2], "--structure.samples", "3"]) == 2
+
+
+def test_a_run_that_was_interrupted_goes_on(tools: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its passes are those of as many steps as it has."""
+    words = ["--steps", 6, "--sync_every", 2, "--checkpoint.every", 2, "--task.data", "data/cifar10"]
+    words += ["--task.width", 0.125, "--structure.paired_batches", 1, "--track.log_every", 1, *SMALL]
+    step, out = tools.timed.TimedOffloader.step, Path("runs") / "one"
+
+    def interrupted(self: Any) -> None:
+        step(self)
+        if self.steps == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as first, pytest.raises(UserError):
+        first.setattr(tools.timed.TimedOffloader, "step", interrupted)
+        tools.runs.finish(out, "vgg19_cifar10", words)
+    timed = json.loads((out / "passes.json").read_text())
+    assert timed["steps"] == 5 and not (out / "summary.json").exists()
+    run = tools.runs.finish(out, "vgg19_cifar10", words)
+    assert [record["step"] for record in metrics(out)] == list(range(7))
+    again = json.loads((out / "passes.json").read_text())
+    assert again["steps"] == 7  # the fifth was taken twice
+    assert run.passes["backward"] == pytest.approx(again["backward"] * 6 / 7)
+    with pytest.raises(UserError, match="holds a run with other arguments"):
+        tools.runs.finish(out, "vgg19_cifar10", [*words, "--seed", 1])
+
+
+def test_figure4(tools: SimpleNamespace) -> None:
+    found = records(
+        tools, "figure4", "--steps", "4", "--points", "2", "--pairs", "6", "--sync_every", "2", "--task.width", "0.25",
+        "--structure.paired_batches", "1", *SMALL,
+    )  # fmt: skip
+    assert [record["details"]["step"] for record in found] == [2, 4]
+    for record in found:
+        d = record["details"]
+        assert d["losses"] > d["pairs"] > 0 and d["largest"] >= d["pairs"]
+
+
+def test_what_pairs_show_equals_the_plain_formulas(tools: SimpleNamespace) -> None:
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.rand(5, 2, generator=generator, dtype=torch.float64)
+    masks = torch.rand(5, 2, 3, generator=generator) < 0.5
+    masks[:, :, 2] = True  # never left out
+    point = tools.figure4.point(losses, masks)
+    squares = [[(a - b) ** 2, (a - b) ** 2] for a, b in losses.tolist()]
+    means = []
+    for unit in range(3):
+        for value in (False, True):
+            given = [squares[i][j] for i in range(5) for j in range(2) if bool(masks[i, j, unit]) == value]
+            means += [sum(given) / len(given)] if given else []
+    assert point.losses == pytest.approx(sum(x * x for x in losses.flatten().tolist()) / 10)
+    assert point.pairs == pytest.approx(sum(map(sum, squares)) / 10)
+    assert point.largest == pytest.approx(max(means))
+
+
+def test_interval(tools: SimpleNamespace) -> None:
+    found = records(
+        tools, "interval", "--intervals", "1", "2", "--seeds", "3", "--tasks", "image", "--image-steps", "2",
+        "--width", "0.125", *SMALL,
+    )  # fmt: skip
+    assert [(r["details"]["every"], r["details"]["seed"]) for r in found] == [(1, 3), (2, 3)]
+    assert found[0]["unit"] == "% accuracy" and found[0]["ratio"] == 1
+    for record, value, against, seed in (
+        (0, 50.0, 50.0, 4),
+        (1, 53.0, 50.0, 4),
+        (0, 52.0, 52.0, 5),
+        (1, 54.0, 52.0, 5),
+    ):
+        details = found[record]["details"] | {"seed": seed, "against_value": against}
+        found.append(found[record] | {"value": value, "details": details})
+    found[0]["value"] = found[0]["details"]["against_value"] = found[1]["details"]["against_value"] = 51.0
+    found[1]["value"] = 55.0
+    ((size, _, (first, second)),) = tools.interval.summarised(found)
+    assert size == "ResNet-32 width 0.125, 2 steps" and (first["every"], second["every"]) == (1, 2)
+    assert first["level"][0] == pytest.approx(51) and first["change"] == (0, 0)
+    assert second["level"][0] == pytest.approx(54) and second["change"] == pytest.approx((3, 2.48), rel=1e-2)
+
+
+def test_interval_on_text(tools: SimpleNamespace) -> None:
+    found = records(
+        tools, "interval", "--intervals", "2", "--seeds", "0", "--tasks", "text", "--text-steps", "2",
+        "--structure.result_batches", "1",
+    )  # fmt: skip
+    assert found[0]["unit"] == "nats per byte" and 0 < found[0]["value"] < 7
+
+
+def test_a_confidence_interval_is_students(tools: SimpleNamespace) -> None:
+    mean, half = tools.interval.confidence([1.0, 2.0, 4.0])
+    assert mean == pytest.approx(7 / 3) and half == pytest.approx(3.7946, rel=1e-3)
+    assert math.isnan(tools.interval.confidence([1.0])[1])
+
+
+def test_cost(tools: SimpleNamespace) -> None:
+    (record,) = records(tools, "cost", "--configs", "vgg19_cifar10", "--keep", "0.5")
+    d = record["details"]
+    by, share = d["times_as_cheap"], d["share"]
+    assert d["flops"]["dense_backward"] == pytest.approx(2 * d["flops"]["dense_forward"], rel=0.1)
+    assert by["formula"]["GrowEfficient"] == pytest.approx(3 / (2 + share)) and by["formula"]["GrowEfficient"] < 1.5
+    assert by["formula"]["paper"] == pytest.approx(3 / (4 * share))
+    assert by["formula"]["ours"] == pytest.approx(3 / (3.08 * share))  # 4 pairs in 50 steps
+    for name, value in by["formula"].items():
+        assert by["FLOPs"][name] == pytest.approx(value, rel=0.15)  # the first layer has no backward to its input
+    assert set(by["time"]) == set(by["formula"]) and all(value > 0 for value in by["time"].values())
+
+
+def test_wide(tools: SimpleNamespace) -> None:
+    small, ours = records(
+        tools, "wide", "--width", "0.0625", "--times", "4", "--steps", "4", "--sync_every", "2",
+        "--structure.paired_batches", "1", *SMALL,
+    )  # fmt: skip
+    assert small["ratio"] == 1
+    assert ours["details"]["master_parameters"] > 10 * small["details"]["parameters"]
+    assert ours["details"]["parameters"] < 2 * small["details"]["parameters"]
+    assert ours["details"]["device_bytes"] > 0 and ours["details"]["host_bytes"] > 0
+
+
+def test_keys_of_the_structure_are_for_sparse_runs_alone(tools: SimpleNamespace) -> None:
+    options = tools.reproduce.parse(
+        ["table5", "--structure.keep", "0.5", "--memory.autocast", "bf16", "--structure.lr=1", "--epochs", "2"]
+    )
+    assert options.of_structure == ["--structure.keep", "0.5", "--structure.lr=1"]
+    assert options.passed_on == ["--memory.autocast", "bf16"] and options.epochs == 2
+    assert options.json == ROOT / "tools" / "results" / "table5.json"
+    sys.modules.pop("reproduce", None)
