@@ -19,23 +19,15 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
 from accelerate import Accelerator
 from benchmarks.records import Setting, merge, read_records, table
-from reproduction import cost, figure4, interval, table5, wide
+from reproduction import PARTS
 from rich.console import Console
 
 from offload_trainer.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
-PARTS: dict[str, ModuleType] = {
-    "table5": table5,
-    "figure4": figure4,
-    "interval": interval,
-    "cost": cost,
-    "wide": wide,
-}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -7,7 +7,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from reproduction import PARTS
+
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "tools" / "results"
 BEGIN, END = "<!-- results: tools/tables.py -->\n", "<!-- /results -->\n"
 
 Records = list[dict[str, Any]]
@@ -16,7 +19,7 @@ Records = list[dict[str, Any]]
 def tables() -> str:
     """One table per benchmark and device, of every file in tools/results/."""
     records: Records = []
-    for path in sorted((ROOT / "tools" / "results").glob("*.json")):
+    for path in sorted(RESULTS.glob("*.json")):
         content = json.loads(path.read_text())
         records += [record for record in content if isinstance(record, dict) and {"name", "case"} <= record.keys()]
     return "\n".join(lines(records))
@@ -26,9 +29,15 @@ def lines(records: Records) -> Iterator[str]:
     for name, device in dict.fromkeys((record["name"], record["device"]) for record in records):
         chosen = [r for r in records if (r["name"], r["device"]) == (name, device)]
         tool = chosen[0]["details"].get("tool", f"tools/bench.py {name}")
-        yield f"`{tool}`, {device}, torch {chosen[0]['versions']['torch']}:"
+        title = f"<code>{tool}</code>, {device}, torch {chosen[0]['versions']['torch']}"
+        yield f"<details><summary>{title}</summary>"
         yield ""
         yield from LAYOUTS.get(name, ratios)(chosen)
+        yield ""
+        if name in PARTS and (RESULTS / f"{name}.svg").exists():
+            yield f"![{name}](tools/results/{name}.svg)"
+            yield ""
+        yield "</details>"
         yield ""
 
 
@@ -147,6 +156,7 @@ LAYOUTS: dict[str, Callable[[Records], Iterator[str]]] = {
     "start": start,
     "storage": storage,
     "larger": larger,
+    **{name: part.rows for name, part in PARTS.items()},
 }
 
 

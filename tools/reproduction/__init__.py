@@ -1,1 +1,14 @@
 """What the paper measured, measured again: see tools/reproduce.py."""
+
+from types import ModuleType
+
+from reproduction import cost, figure4, interval, table5, wide
+
+PARTS: dict[str, ModuleType] = {
+    "table5": table5,
+    "figure4": figure4,
+    "interval": interval,
+    "cost": cost,
+    "wide": wide,
+}
+"""Each has `add_arguments`, `measure`, `draw` and `rows`."""

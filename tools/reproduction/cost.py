@@ -155,7 +155,7 @@ def draw(records: list[dict[str, Any]], file: Path) -> None:
     axes.axhline(1, color="0.6", lw=0.8)
     axes.set_xticks(range(len(records)), [r["case"].replace(" keep ", "\nρ = ") for r in records])
     axes.set(ylabel="times as cheap as dense training", yscale="log")
-    axes.legend(frameon=False, ncols=5)
+    figure.legend(loc="outside upper center", frameon=False, ncols=5)
     save(figure, file)
 
 

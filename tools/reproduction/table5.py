@@ -174,7 +174,7 @@ def rows(records: list[dict[str, Any]]) -> Iterator[str]:
             "| keep ρ | parameters | accuracy | lost | paper: lost | forward | backward | both | times as fast "
             "| paper: times | whole loop | seeds |"
         )
-        yield "| ---: |" * 1 + " ---: |" * 11
+        yield "| ---: |" + " ---: |" * 11
         for row in averaged(group):
             spread = "" if row["spread"] is None else f" ± {row['spread']:.2f}"
             paper = row["paper"]
