@@ -2,18 +2,21 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from offload_trainer import Group, Groups, Offloader, Plan, Slot, Structure, find_groups, snapshot
+from offload_trainer.device import memory
 from offload_trainer.device.transfer import LINK_CHUNK, Transfer
 from offload_trainer.evaluation import evaluate, evaluate_full
 from offload_trainer.groups.slicing import named_tensors
 from offload_trainer.master import CheckpointStore, Slab, find_checkpoint
 from offload_trainer.master.precision import FP32, Precision
 from tests.test_offloader import ADAMW, SGD, Factory, data, loss_fn, network, run
+from tests.test_pipeline import CASES, MODELS, assert_same, make, races, result  # noqa: F401
 from tests.test_precision import BF16, above, awkward, below, kept, raw
 
 pytestmark = pytest.mark.gpu
@@ -116,13 +119,59 @@ def test_nothing_full_size_touches_the_device() -> None:
         evaluate(small, batches, metrics, lambda _: 8, trainer.accelerator)
 
 
-def test_memory_does_not_grow_over_rounds() -> None:
-    with offloader(network(), ADAMW, 0.5, 2) as trainer:
-        batches = on_gpu(data(4))
+@pytest.mark.parametrize("sampler", ["fixed", "bernoulli"])  # rounds that overlap, and others
+def test_memory_does_not_grow_over_200_rounds(sampler: str) -> None:
+    with offloader(network(), ADAMW, 0.5, 1, sampler=sampler, paired_batches=1) as trainer:
+        batches = on_gpu(data(10))
         run(trainer, batches * 5)
-        before = torch.cuda.memory_allocated()
-        run(trainer, batches * 50)
+        memory.give_back()
+        before, host = torch.cuda.memory_allocated(), memory.host_bytes()
+        run(trainer, batches * 20)
+        memory.give_back()
+        assert trainer.rounds >= 200
         assert torch.cuda.memory_allocated() <= before + 2**16
+        assert memory.host_bytes() - host < 2**22
+
+
+OVERLAPPING = ("adamw", "sgd", "reset", "every step", "narrow weights", "narrow", "one group", "keep 1", "fresh")
+
+
+def to_gpu(batch: Any) -> Any:
+    return tuple(part.to(CUDA) for part in batch) if isinstance(batch, tuple) else batch.to(CUDA)
+
+
+@AS_FAR_AS_POSSIBLE
+@pytest.mark.usefixtures("races")
+@pytest.mark.parametrize("case", OVERLAPPING)
+@pytest.mark.parametrize("kind", MODELS)
+def test_overlapping_rounds_equal_others_bit_for_bit(kind: str, case: str, deterministic: None) -> None:
+    """Copies that race the training stream would show here, beside what the CPU's test of the same shows."""
+    ended, losses = [], []
+    for overlap in (False, True):
+        with make(kind, overlap=overlap, **CASES[case]) as trainer:
+            torch.manual_seed(5)
+            losses.append([loss for batch in MODELS[kind][1](17) for loss in run(trainer, [to_gpu(batch)])])
+            trainer.finish_round()
+            ended.append(result(trainer))
+    assert losses[0] == losses[1]
+    assert_same(*ended)
+
+
+@AS_FAR_AS_POSSIBLE
+def test_a_checkpoint_of_overlapping_rounds_is_resumed(tmp_path: Path, deterministic: None) -> None:
+    batches = on_gpu(data(18))
+    with make("cnn", overlap=True) as whole:
+        torch.manual_seed(5)
+        run(whole, batches[:9])
+        snapshot.save_meanwhile(whole, CheckpointStore(tmp_path))
+        expected = run(whole, batches[9:])
+        whole.finish_round()
+        ended = result(whole)
+    with make("cnn", overlap=True, seed=7) as resumed:
+        snapshot.restore(resumed, find_checkpoint(tmp_path))
+        assert run(resumed, batches[9:]) == expected
+        resumed.finish_round()
+        assert_same(ended, result(resumed))
 
 
 @pytest.mark.parametrize("start", [0, 5, 2**33 - 3])
