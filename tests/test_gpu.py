@@ -123,7 +123,7 @@ def test_nothing_full_size_touches_the_device() -> None:
 def test_memory_does_not_grow_over_200_rounds(sampler: str) -> None:
     with offloader(network(), ADAMW, 0.5, 1, sampler=sampler, paired_batches=1) as trainer:
         batches = on_gpu(data(10))
-        run(trainer, batches * 5)
+        run(trainer, batches * 20)
         memory.give_back()
         before, host = torch.cuda.memory_allocated(), memory.host_bytes()
         run(trainer, batches * 20)
