@@ -24,7 +24,6 @@ def master_folder(config: Config) -> Path | None:
 
 def make_accelerator(config: Config) -> Accelerator:
     require_devices()
-    use_all_cores()
     precision = "bf16" if config.memory.autocast == "bf16" else "no"
     try:
         accelerator = Accelerator(
@@ -36,7 +35,14 @@ def make_accelerator(config: Config) -> Accelerator:
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"accelerate cannot start: {str(error).splitlines()[0]}") from error
     stay_near(accelerator.device)  # before any memory is touched
+    use_all_cores()
     return accelerator
+
+
+def require_graphs(config: Config, accelerator: Accelerator) -> None:
+    """Raise `UserError` where CUDA graphs are asked for and there is no CUDA."""
+    if config.memory.cuda_graphs and accelerator.device.type != "cuda":
+        raise UserError(f"memory.cuda_graphs (true) needs a CUDA device; this run is on {accelerator.device.type}")
 
 
 def recompute_activations(model: nn.Module) -> None:

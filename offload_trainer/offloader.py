@@ -14,7 +14,7 @@ from offload_trainer.device import memory, ranks
 from offload_trainer.device.movers import Choice, choose_mover
 from offload_trainer.device.processes import require_supported, transfer_threads
 from offload_trainer.device.subnet import TrainedSubnet
-from offload_trainer.device.workbench import Workbench
+from offload_trainer.device.workbench import Compile, Workbench
 from offload_trainer.errors import UserError
 from offload_trainer.groups import Groups, Plan
 from offload_trainer.master import Master, StateLayout, probe_optimizer
@@ -36,7 +36,7 @@ class Offloader:
     optimizer: makes the optimizer of a list of parameters.
     sync_every: K, optimizer steps between two samplings.
     state: "carry" keeps the optimizer's moments in the master; "reset" starts them anew with every round.
-    clip_norm: gradients are scaled down to this norm. compile: `torch.compile` the subnet; needs constant widths.
+    clip_norm: of gradients, at most. compile: `torch.compile` the subnet (constant widths); "graphs": as CUDA graphs.
     reference: what a subnet is compared with: the one trained "next", or a "fresh" one (agenda.py).
     overlap: transfers go on in the background, with the same results, where widths are constant and reference "next".
     folder: of a local disk, for a master larger than the memory: it is mapped from files there.
@@ -59,7 +59,7 @@ class Offloader:
         accelerator: Accelerator | None = None,
         state: Literal["carry", "reset"] = "carry",
         clip_norm: float | None = None,
-        compile: bool = False,
+        compile: Compile = False,
         materialise: Callable[[nn.Module], None] | None = None,
         precision: Precision = FP32,
         reference: Reference = "next",
@@ -103,7 +103,7 @@ class Offloader:
                 against = self._bench.reference_loss(self.loss_fn, batch)
         with self.accelerator.autocast():  # not the same: its cache would keep the reference's narrow weights
             loss = self.loss_fn(self._bench.forward, batch)
-        running.losses.append(loss.detach())
+        running.losses.append(loss.detach().clone())  # a CUDA graph overwrites it in the next step
         if paired:
             running.differences.append(loss.detach() - against)
         return loss

@@ -26,6 +26,7 @@ from offload_trainer.making import (
     master_folder,
     optimizer_factory,
     recompute_activations,
+    require_graphs,
     resumable,
 )
 from offload_trainer.master import Checkpoint, Ledger, StateLayout, probe_optimizer
@@ -59,6 +60,7 @@ def prepare(config: Config) -> Prepared:
     For a dry run what does not fit is no error but the answer.
     """
     accelerator = make_accelerator(config)
+    require_graphs(config, accelerator)
     out = Path(config.out)
     if not config.dry_run:
         planning.require_writable(out)

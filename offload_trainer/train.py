@@ -55,7 +55,7 @@ def train(config: Config) -> None:
             accelerator=accelerator,
             state=config.optimizer.state,
             clip_norm=config.optimizer.clip_norm,
-            compile=config.memory.compile,
+            compile="graphs" if config.memory.cuda_graphs else config.memory.compile,
             reference=config.structure.reference,
             overlap=config.memory.overlap,
             folder=master_folder(config),

@@ -123,6 +123,13 @@ def test_more_processes_than_gpus(
 
 
 @pytest.mark.usefixtures("never_allocated")
+def test_cuda_graphs_without_cuda(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--memory.compile", "true", "--memory.cuda_graphs", "true"]
+    assert main(["--config", str(config(tmp_path)), *options]) == 2
+    assert capsys.readouterr().err == "error: memory.cuda_graphs (true) needs a CUDA device; this run is on cpu\n"
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP"])
 def test_an_engine_that_is_not_supported_is_not_passed_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, engine: str

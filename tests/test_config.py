@@ -221,6 +221,10 @@ def test_key_of_another_kind_of_task_is_a_mistake(tmp_path: Path):
             "structure.paired_batches (4) must be <= sync_every (3)",
         ),
         (
+            {"memory": {"cuda_graphs": True}},
+            "memory.cuda_graphs (true) needs memory.compile (false) to be true",
+        ),
+        (
             {"structure": {"sampler": "bernoulli"}, "memory": {"compile": True}},
             "memory.compile (true) needs structure.sampler (bernoulli) to be fixed",
         ),

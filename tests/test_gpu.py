@@ -133,6 +133,21 @@ def test_memory_does_not_grow_over_200_rounds(sampler: str) -> None:
         assert memory.host_bytes() - host < 2**22
 
 
+def test_cuda_graphs_train_as_the_module_does() -> None:
+    """Also across rounds, whose values arrive where the graphs read them."""
+    losses = []
+    for compile in (False, "graphs"):
+        model = network().eval()  # no dropout: a compiled one draws other numbers
+        groups = find_groups(model, (torch.zeros(3, 3, 8, 8),))
+        structure = Structure(groups, 0.5, paired_batches=1)
+        with Offloader(
+            model, groups, loss_fn, optimizer=SGD, structure=structure, sync_every=4, compile=compile
+        ) as trainer:
+            losses.append(run(trainer, on_gpu(data(20))))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    torch._dynamo.reset()
+
+
 OVERLAPPING = ("adamw", "sgd", "reset", "every step", "narrow weights", "narrow", "one group", "keep 1", "fresh")
 
 

@@ -162,6 +162,8 @@ class MemoryConfig(Section):
     longer, instead of keeping what they computed."""
     compile: bool = False
     """torch.compile the subnet (once: fixed widths only)."""
+    cuda_graphs: bool = False
+    """Replay what was compiled as CUDA graphs, which spares the host launching each kernel; needs memory.compile."""
 
     @field_validator("autocast", mode="before")
     @classmethod
@@ -241,6 +243,8 @@ class Config(Section):
             raise ValueError(f"structure.schedule_steps ({cubic_steps}) must be <= steps ({self.steps})")
         if self.memory.folder is not None and self.memory.master == "ram":
             raise ValueError(f"memory.folder ({self.memory.folder}) needs memory.master (ram) to be file")
+        if self.memory.cuda_graphs and not self.memory.compile:
+            raise ValueError("memory.cuda_graphs (true) needs memory.compile (false) to be true")
         if self.structure.sampler == "bernoulli" and self.memory.compile:
             raise ValueError(
                 "memory.compile (true) needs structure.sampler (bernoulli) to be fixed:"

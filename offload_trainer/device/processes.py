@@ -54,12 +54,12 @@ def _cores() -> int:
 
 
 def use_all_cores() -> None:
-    """Undo accelerate's default of one thread for a process that has the machine's CPU to itself.
+    """Undo accelerate's default of one thread: this process takes its share of the cores, which touch and fill the
+    master, and on a CPU train.
 
     Not if the user chose a number of threads, which the launcher, our parent, then has in its environment.
     """
-    alone = os.environ.get("WORLD_SIZE", "1") == "1" and not torch.accelerator.is_available()
-    if not alone or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
         return
     try:
         parent = psutil.Process().parent()
@@ -67,7 +67,8 @@ def use_all_cores() -> None:
     except psutil.Error:
         chosen = True
     if not chosen:
-        torch.set_num_threads(min(_cores(), psutil.cpu_count(logical=False) or _cores()))
+        cores = min(_cores(), psutil.cpu_count(logical=False) or _cores())
+        torch.set_num_threads(max(1, cores // local_processes()))
 
 
 def require_supported(accelerator: Accelerator) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from offload_trainer.groups.plan import Plan
 from offload_trainer.master.master import Master
 from offload_trainer.master.moments import OptimizerFactory, StateLayout
 from offload_trainer.master.slab import Slab
+
+Compile = bool | Literal["graphs"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Workbench:
         *,
         sampled: frozenset[str],
         carry: bool,
-        compile: bool,
+        compile: Compile,
         overlap: bool,
         mover: Mover,
     ):
@@ -169,7 +171,10 @@ class Workbench:
         if not fits:
             self._subnet = None  # before the next one is made: never two
             self._subnet = self._new_subnet(self._master, plan)
-            self.forward = torch.compile(self._subnet.module) if self._compile else self._subnet.module
+            self.forward = self._subnet.module
+            if self._compile:
+                mode = "reduce-overhead" if self._compile == "graphs" else None
+                self.forward = torch.compile(self._subnet.module, mode=mode)
         self._load(self.subnet, plan)
         for moment in self.subnet.moments if self._master.scalars else ():
             kinds, slabs = self.subnet.moment_kinds(moment), self.subnet.moment_slabs(moment)
