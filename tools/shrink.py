@@ -25,6 +25,7 @@ from typing import Any
 from accelerate import Accelerator
 from benchmarks.launching import launch
 from benchmarks.records import Record, Setting, merge, read_records, table
+from reproduction.pictures import new_figure, save
 from rich.console import Console
 
 from offload_trainer.errors import UserError
@@ -137,10 +138,7 @@ def _record(
 
 def draw(results: dict[tuple[str, int], dict[str, Any]], file: Path, clock: str) -> None:
     """Perplexity on held-out text against training time, a line for each run, a colour for each contender."""
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "shrink"  # the same picture from the same numbers
-    figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
+    figure, axes = new_figure()
     names = list(dict.fromkeys(name for name, _ in results))
     for (name, _), result in results.items():
         minutes = [seconds / 60 for _, seconds, _ in result["points"]]
@@ -151,8 +149,7 @@ def draw(results: dict[tuple[str, int], dict[str, Any]], file: Path, clock: str)
     axes.legend(handles.values(), handles.keys(), frameon=False)
     axes.set(xlabel=f"training time, minutes ({clock})", ylabel="perplexity, held-out text", yscale="log")
     axes.grid(alpha=0.3, which="both")
-    figure.savefig(file, metadata={"Date": None})
-    plt.close(figure)
+    save(figure, file)
 
 
 if __name__ == "__main__":
