@@ -14,8 +14,6 @@ import torch
 from offload_trainer import UserError, train
 from tests.runs import ROOT, images, metrics
 
-SMALL = ["--task.batch_size", "4", "--structure.result_batches", "1", "--structure.samples", "2"]
-
 
 @pytest.fixture
 def tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
@@ -57,10 +55,8 @@ def records(tools: SimpleNamespace, name: str, *arguments: str) -> list[dict[str
     return found
 
 
-def test_table5(tools: SimpleNamespace) -> None:
-    arguments = ["--width", "0.125", "--epochs", "1", "--images", "12", "--batch", "4", "--sync_every", "2"]
-    arguments += ["--structure.paired_batches", "1", *SMALL[2:]]
-    dense, large, small = records(tools, "table5", *arguments)
+def test_table5(tools: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    dense, large, small = records(tools, "table5")
     assert [r["details"]["keep"] for r in (dense, large, small)] == [1, 0.4869, 0.0894]
     assert dense["ratio"] == 1 and dense["details"]["share"] == 1
     assert 0.1 < large["details"]["share"] < 0.4 and small["details"]["share"] < large["details"]["share"]
@@ -71,15 +67,16 @@ def test_table5(tools: SimpleNamespace) -> None:
     assert large["details"]["paper"] == {"lost": pytest.approx(0.38), "faster": 1.55, "share": 0.2371}
     launched = list(tools.launched)
     assert len(launched) == 3
-    assert len(records(tools, "table5", *arguments)) == 3  # all of it is done
+    assert len(records(tools, "table5")) == 3  # all of it is done
     assert tools.launched == launched
-    assert tools.reproduce.main(["table5", "--quick", *arguments[:-2], "--structure.samples", "3"]) == 2
+    assert tools.reproduce.main(["table5", "--quick", "--structure.samples", "3"]) == 2
+    assert "holds a run with other arguments" in capsys.readouterr().err
 
 
 def test_a_run_that_was_interrupted_goes_on(tools: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its passes are those of as many steps as it has."""
-    words = ["--steps", 6, "--sync_every", 2, "--checkpoint.every", 2, "--task.data", "data/cifar10"]
-    words += ["--task.width", 0.125, "--structure.paired_batches", 1, "--track.log_every", 1, *SMALL]
+    words = ["--steps", 6, "--checkpoint.every", 2, "--task.data", "data/cifar10", "--task.width", 0.125]
+    words += ["--track.log_every", 1, *tools.runs.SHORT]
     step, out = tools.timed.TimedOffloader.step, Path("runs") / "one"
 
     def interrupted(self: Any) -> None:
@@ -102,10 +99,7 @@ def test_a_run_that_was_interrupted_goes_on(tools: SimpleNamespace, monkeypatch:
 
 
 def test_figure4(tools: SimpleNamespace) -> None:
-    found = records(
-        tools, "figure4", "--steps", "4", "--points", "2", "--pairs", "6", "--sync_every", "2", "--task.width", "0.25",
-        "--structure.paired_batches", "1", *SMALL,
-    )  # fmt: skip
+    found = records(tools, "figure4")
     assert [record["details"]["step"] for record in found] == [2, 4]
     for record in found:
         d = record["details"]
@@ -130,10 +124,7 @@ def test_what_pairs_show_equals_the_plain_formulas(tools: SimpleNamespace) -> No
 
 
 def test_interval(tools: SimpleNamespace) -> None:
-    found = records(
-        tools, "interval", "--intervals", "1", "2", "--seeds", "3", "--tasks", "image", "--image-steps", "2",
-        "--width", "0.125", *SMALL,
-    )  # fmt: skip
+    found = records(tools, "interval", "--seeds", "3", "--tasks", "image", "--structure.estimator", "vr_pge")
     assert [(r["details"]["every"], r["details"]["seed"]) for r in found] == [(1, 3), (2, 3)]
     assert found[0]["unit"] == "% accuracy" and found[0]["ratio"] == 1
     for record, value, against, seed in (
@@ -153,10 +144,7 @@ def test_interval(tools: SimpleNamespace) -> None:
 
 
 def test_interval_on_text(tools: SimpleNamespace) -> None:
-    found = records(
-        tools, "interval", "--intervals", "2", "--seeds", "0", "--tasks", "text", "--text-steps", "2",
-        "--structure.result_batches", "1",
-    )  # fmt: skip
+    found = records(tools, "interval", "--intervals", "2", "--tasks", "text")
     assert found[0]["unit"] == "nats per byte" and 0 < found[0]["value"] < 7
 
 
@@ -167,7 +155,7 @@ def test_a_confidence_interval_is_students(tools: SimpleNamespace) -> None:
 
 
 def test_cost(tools: SimpleNamespace) -> None:
-    (record,) = records(tools, "cost", "--configs", "vgg19_cifar10", "--keep", "0.5")
+    (record,) = records(tools, "cost")
     d = record["details"]
     by, share = d["times_as_cheap"], d["share"]
     assert d["flops"]["dense_backward"] == pytest.approx(2 * d["flops"]["dense_forward"], rel=0.1)
@@ -180,10 +168,7 @@ def test_cost(tools: SimpleNamespace) -> None:
 
 
 def test_wide(tools: SimpleNamespace) -> None:
-    small, ours = records(
-        tools, "wide", "--width", "0.0625", "--times", "4", "--steps", "4", "--sync_every", "2",
-        "--structure.paired_batches", "1", *SMALL,
-    )  # fmt: skip
+    small, ours = records(tools, "wide")
     assert small["ratio"] == 1
     assert ours["details"]["master_parameters"] > 10 * small["details"]["parameters"]
     assert ours["details"]["parameters"] < 2 * small["details"]["parameters"]

@@ -35,6 +35,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="reproduce.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    quick = "--quick" in arguments
     for name, part in PARTS.items():
         sub = names.add_parser(
             name, description=part.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, help=part.__doc__
@@ -44,11 +45,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         sub.add_argument("--picture", type=Path, metavar="FILE", help=f"default: tools/results/{name}.svg")
         sub.add_argument("--quick", action="store_true", help="tiny, and results go into --out unless named")
         part.add_arguments(sub)
+        sub.set_defaults(**part.QUICK if quick else {})
     options, options.passed_on = parser.parse_known_args(arguments)
     results = options.out if options.quick else RESULTS
     options.json = options.json or results / f"{options.name}.json"
     options.picture = options.picture or results / f"{options.name}.svg"
-    options.of_structure, options.passed_on = _split(options.passed_on)
+    tiny = PARTS[options.name].QUICK_KEYS if quick else []
+    options.of_structure, options.passed_on = _split([*tiny, *options.passed_on])
     options.command = " ".join(["python tools/reproduce.py", *arguments])
     return options
 

@@ -11,4 +11,5 @@ PARTS: dict[str, ModuleType] = {
     "cost": cost,
     "wide": wide,
 }
-"""Each has `add_arguments`, `measure`, `draw` and `rows`."""
+"""Each has `add_arguments`, `measure`, `draw`, `rows`; and its quick size: `QUICK`, other defaults of its arguments,
+and `QUICK_KEYS`, keys of the config of its runs."""

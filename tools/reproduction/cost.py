@@ -31,6 +31,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = ("vgg19_cifar10", "resnet32_cifar10", "wrn28_10_cifar10", "resnet50_imagenet")
 BATCH = {"resnet50": 8, "wrn28_10": 8}
 """Images; 64 for the others."""
+QUICK: dict[str, Any] = {"configs": ["vgg19_cifar10"], "keep": [0.5], "repeats": 1}
+QUICK_KEYS: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def measure(setting: Setting, options: argparse.Namespace) -> Iterator[Record]:
             images = torch.randn(batch, 3, image, image).to(setting.device, memory_format=torch.channels_last)
             labels = torch.randint(CLASSES, (batch,)).to(setting.device)
             flops = _cost(pair, partial(counted, images=images, labels=labels))
-            seconds = timed(setting, pair, images, labels, 1 if setting.quick else options.repeats)
+            seconds = timed(setting, pair, images, labels, options.repeats)
             share = flops.sparse_forward / flops.dense_forward
             by = {
                 "formula": formulas(share, pairs),

@@ -29,9 +29,11 @@ from offload_trainer.making import make_structure
 from offload_trainer.master import find_checkpoint
 from offload_trainer.tasks import build_task
 from reproduction.pictures import new_figure, save
-from reproduction.runs import ROOT, finish
+from reproduction.runs import ROOT, SHORT, finish
 
 QUANTITIES = {"losses": "E L²", "pairs": "V(s)", "largest": "V_max(s)"}
+QUICK: dict[str, Any] = {"steps": 4, "points": 2, "pairs": 6}
+QUICK_KEYS = [*SHORT, "--task.width", "0.25"]
 
 
 @dataclass(frozen=True)

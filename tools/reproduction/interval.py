@@ -23,6 +23,8 @@ from reproduction.runs import Run, finish
 QUANTILES = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5% of Student's t with 1, 2, … degrees of freedom."""
 TASKS = ("image", "text")
+QUICK: dict[str, Any] = {"intervals": [1, 2], "seeds": [0], "image_steps": 2, "text_steps": 2, "width": 0.125}
+QUICK_KEYS = ["--structure.result_batches", "1"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +54,7 @@ def train(setting: Setting, options: argparse.Namespace, task: str, every: int, 
     arguments += ["--track.log_every", max(1, steps // 50), "--checkpoint.every", max(1, steps // 4)]
     if task == "image":
         arguments += ["--task.data", options.data, "--task.width", options.width]
+        arguments += ["--task.limit", 16, "--task.batch_size", 4] if setting.quick else []
     else:
         arguments += ["--task.model", json.dumps(MODEL), "--task.sequence", 128, "--task.batch_size", 8]
         arguments += ["--task.val_batches", 2 if setting.quick else 40, "--structure.settle", 0]

@@ -13,6 +13,11 @@ from offload_trainer.errors import UserError
 from reproduction.timed import PASSES
 
 ROOT = Path(__file__).parents[2]
+SHORT = [
+    *("--task.limit", "16", "--task.batch_size", "4", "--sync_every", "2", "--structure.paired_batches", "1"),
+    *("--structure.result_batches", "1", "--structure.samples", "2"),
+]
+"""Keys of a config that make a run on images tiny."""
 ASKED, SUMMARY, METRICS = "asked.json", "summary.json", "metrics.jsonl"
 
 

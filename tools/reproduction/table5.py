@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.records import Record, Setting
 
 from reproduction.pictures import new_figure, save
-from reproduction.runs import Run, finish
+from reproduction.runs import SHORT, Run, finish
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ PAPER = (
 CONFIGS = {"vgg19": "vgg19_cifar10", "resnet32": "resnet32_cifar10", "wrn28_10": "wrn28_10_cifar10"}
 OTHERS = (0.5,)
 """Keep ratios of the models that Table 5 has no rows of."""
+QUICK: dict[str, Any] = {"epochs": 1, "images": 12, "batch": 4, "width": 0.125}
+QUICK_KEYS = SHORT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
