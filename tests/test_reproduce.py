@@ -56,18 +56,21 @@ def records(tools: SimpleNamespace, name: str, *arguments: str) -> list[dict[str
 
 
 def test_table5(tools: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
-    dense, large, small = records(tools, "table5")
-    assert [r["details"]["keep"] for r in (dense, large, small)] == [1, 0.4869, 0.0894]
+    found = records(tools, "table5")
+    dense, large, large_fixed, small, _ = found
+    assert [r["details"]["keep"] for r in found] == [1, 0.4869, 0.4869, 0.0894, 0.0894]
+    assert [r["details"]["contender"] for r in found] == ["dense", "ours", "fixed", "ours", "fixed"]
     assert dense["ratio"] == 1 and dense["details"]["share"] == 1
     assert 0.1 < large["details"]["share"] < 0.4 and small["details"]["share"] < large["details"]["share"]
-    for record in (dense, large, small):
+    assert large_fixed["case"] == large["case"].replace(" quick", ", fixed quick")
+    for record in found:
         d = record["details"]
         assert d["steps"] == 3 and d["curve"]
         assert 0 < d["forward_minutes"] + d["backward_minutes"] < d["train_minutes"]
     assert large["details"]["paper"] == {"lost": pytest.approx(0.38), "faster": 1.55, "share": 0.2371}
     launched = list(tools.launched)
-    assert len(launched) == 3
-    assert len(records(tools, "table5")) == 3  # all of it is done
+    assert len(launched) == 5
+    assert len(records(tools, "table5")) == 5  # all of it is done
     assert tools.launched == launched
     assert tools.reproduce.main(["table5", "--quick", "--structure.samples", "3"]) == 2
     assert "holds a run with other arguments" in capsys.readouterr().err

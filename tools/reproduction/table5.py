@@ -1,7 +1,8 @@
 """The paper's Table 5: VGG-19 on CIFAR-10, dense and at five sizes; accuracy, time of both passes, speed-up.
 
 Beside them ResNet-32 with doubled channels and WRN-28-10 at one size each (`--models`). The paper gives the share of
-the parameters; here the keep ratio of every channel group is its square root, which leaves about that share.
+the parameters; here the keep ratio of every channel group is its square root, which leaves about that share. With
+`--fixed` the same widths are trained from the start as an ordinary small network too: what choosing them costs or gains.
 """
 
 import argparse
@@ -44,7 +45,8 @@ PAPER = (
 CONFIGS = {"vgg19": "vgg19_cifar10", "resnet32": "resnet32_cifar10", "wrn28_10": "wrn28_10_cifar10"}
 OTHERS = (0.5,)
 """Keep ratios of the models that Table 5 has no rows of."""
-QUICK: dict[str, Any] = {"epochs": 1, "images": 12, "batch": 4, "width": 0.125}
+CONTENDERS = ("dense", "ours", "fixed")
+QUICK: dict[str, Any] = {"epochs": 1, "images": 12, "batch": 4, "width": 0.125, "fixed": True}
 QUICK_KEYS = SHORT
 
 
@@ -55,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=50_000, help="in an epoch, for smaller data")
     parser.add_argument("--width", type=float, help="factor on all channels (default: the config's)")
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--fixed", action="store_true", help="also the same widths, settled from the start")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
 
 
@@ -64,14 +67,16 @@ def measure(setting: Setting, options: argparse.Namespace) -> Iterator[Record]:
         rows: tuple[Row | float, ...] = PAPER if model == "vgg19" else OTHERS
         for seed in options.seeds:
             dense = train(options, model, 1.0, seed)
-            yield _record(setting, options, model, 1.0, seed, dense, dense, None)
+            yield _record(setting, options, model, 1.0, seed, dense, dense, None, "dense")
             for row in rows[:: len(rows) - 1 or 1] if setting.quick else rows:
                 paper = row if isinstance(row, Row) else None
                 keep = paper.keep if paper else float(row)  # type: ignore[arg-type]
-                yield _record(setting, options, model, keep, seed, train(options, model, keep, seed), dense, paper)
+                for contender in ("ours", "fixed") if options.fixed else ("ours",):
+                    run = train(options, model, keep, seed, contender)
+                    yield _record(setting, options, model, keep, seed, run, dense, paper, contender)
 
 
-def train(options: argparse.Namespace, model: str, keep: float, seed: int) -> Run:
+def train(options: argparse.Namespace, model: str, keep: float, seed: int, contender: str = "ours") -> Run:
     steps = max(2, round(options.epochs * options.images / options.batch))
     arguments = ["--steps", steps, "--seed", seed, "--task.data", options.data, "--task.batch_size", options.batch]
     arguments += ["--track.log_every", max(1, steps // 100), "--track.eval_every", max(1, steps // 10)]
@@ -80,7 +85,9 @@ def train(options: argparse.Namespace, model: str, keep: float, seed: int) -> Ru
     whole = ["--structure.keep", "null", "--structure.groups", '{"*": 1.0}', "--structure.result", "top"]
     arguments += whole if keep == 1 else ["--structure.keep", keep, *options.of_structure]
     arguments += options.passed_on
-    return finish(options.out / f"{model}-{keep:g}-seed-{seed}", CONFIGS[model], arguments)
+    arguments += ["--structure.settle", 1] if contender == "fixed" else []
+    name = f"{model}-{keep:g}-seed-{seed}" + ("-fixed" if contender == "fixed" else "")
+    return finish(options.out / name, CONFIGS[model], arguments)
 
 
 def _record(
@@ -92,6 +99,7 @@ def _record(
     run: Run,
     dense: Run,
     paper: Row | None,
+    contender: str,
 ) -> Record:
     exported = run.summary["exported"]
     took, against = (sum(one.passes.values()) for one in (run, dense))
@@ -99,7 +107,7 @@ def _record(
     size = f"width {options.width or 'of the config'}, {options.epochs:g} epochs"
     return setting.record(
         "table5",
-        f"{model}, {size}, keep {keep:g}, seed {seed}",
+        f"{model}, {size}, keep {keep:g}, seed {seed}" + (", fixed" if contender == "fixed" else ""),
         100 * exported["accuracy"],
         "% accuracy",
         against / took,
@@ -110,6 +118,7 @@ def _record(
         size=size,
         keep=keep,
         seed=seed,
+        contender=contender,
         parameters=run.parameters,
         share=run.parameters / dense.parameters,
         forward_minutes=run.passes["forward"] / 60,
@@ -128,8 +137,11 @@ def draw(records: list[dict[str, Any]], file: Path) -> None:
     """Accuracy lost against the dense network over the speed-up, ours and the paper's."""
     figure, axes = new_figure()
     for size, found in groupby(_sized(records), key=lambda r: f"{r['details']['model']}, {r['details']['size']}"):
-        points = averaged([r for r in found if r["details"]["keep"] < 1])
-        axes.plot([p["faster"] for p in points], [p["lost"] for p in points], marker="o", label=f"here: {size}")
+        points = [row for row in averaged(list(found)) if row["contender"] != "dense"]
+        for contender, style in (("ours", "o-"), ("fixed", "s:")):
+            chosen = [(point["faster"], point["lost"]) for point in points if point["contender"] == contender]
+            if chosen:
+                axes.plot(*zip(*chosen, strict=True), style, label=f"{contender}: {size}")
     axes.plot([row.faster for row in PAPER], [100 * (DENSE - row.accuracy) for row in PAPER], "k--x", label="paper")
     axes.set(xlabel="times as fast as the dense network, both passes", ylabel="accuracy lost, points")
     axes.legend(frameon=False)
@@ -142,15 +154,20 @@ def _sized(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def averaged(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Over the seeds: a row for each keep ratio, largest first."""
+    """Over the seeds: a row for each contender and keep ratio, largest first."""
+
+    def order(record: dict[str, Any]) -> tuple[int, float]:
+        return CONTENDERS.index(record["details"]["contender"]), -record["details"]["keep"]
+
     rows = []
-    for keep, found in groupby(sorted(records, key=lambda r: -r["details"]["keep"]), lambda r: r["details"]["keep"]):
+    for (number, keep), found in groupby(sorted(records, key=order), order):
         group = list(found)
         details = [record["details"] for record in group]
         accuracies = [record["value"] for record in group]
         rows.append(
             {
-                "keep": keep,
+                "contender": CONTENDERS[number],
+                "keep": -keep,
                 "accuracy": mean(accuracies),
                 "spread": stdev(accuracies) if len(group) > 1 else None,
                 "lost": mean(record["details"]["against_value"] - record["value"] for record in group),
@@ -173,16 +190,16 @@ def rows(records: list[dict[str, Any]]) -> Iterator[str]:
         yield f"{model}, {size}, {group[0]['details']['steps']:,} steps:"
         yield ""
         yield (
-            "| keep ρ | parameters | accuracy | lost | paper: lost | forward | backward | both | times as fast "
+            "| contender | keep ρ | parameters | accuracy | lost | paper: lost | forward | backward | both | times as fast "
             "| paper: times | whole loop | seeds |"
         )
-        yield "| ---: |" + " ---: |" * 11
+        yield "| --- |" + " ---: |" * 12
         for row in averaged(group):
             spread = "" if row["spread"] is None else f" ± {row['spread']:.2f}"
             paper = row["paper"]
             both = row["forward_minutes"] + row["backward_minutes"]
             yield (
-                f"| {row['keep']:g} | {row['share']:.2%} | {row['accuracy']:.2f}%{spread} | {row['lost']:.2f} "
+                f"| {row['contender']} | {row['keep']:g} | {row['share']:.2%} | {row['accuracy']:.2f}%{spread} | {row['lost']:.2f} "
                 f"| {'' if paper is None else format(paper['lost'], '.2f')} | {row['forward_minutes']:.1f} min "
                 f"| {row['backward_minutes']:.1f} min | {both:.1f} min | {row['faster']:.2f} "
                 f"| {'' if paper is None else format(paper['faster'], '.2f')} | {row['train_minutes']:.1f} min "
