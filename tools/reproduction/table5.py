@@ -2,7 +2,7 @@
 
 Beside them ResNet-32 with doubled channels and WRN-28-10 at one size each (`--models`). The paper gives the share of
 the parameters; here the keep ratio of every channel group is its square root, which leaves about that share. With
-`--fixed` the same widths are trained from the start as an ordinary small network too: what choosing them costs or gains.
+`--fixed` the same widths are trained from the start as an ordinary small network, too: what choosing costs, or gains.
 """
 
 import argparse
@@ -190,8 +190,8 @@ def rows(records: list[dict[str, Any]]) -> Iterator[str]:
         yield f"{model}, {size}, {group[0]['details']['steps']:,} steps:"
         yield ""
         yield (
-            "| contender | keep ρ | parameters | accuracy | lost | paper: lost | forward | backward | both | times as fast "
-            "| paper: times | whole loop | seeds |"
+            "| contender | keep ρ | parameters | accuracy | lost | paper: lost | forward | backward | both "
+            "| times as fast | paper: times | whole loop | seeds |"
         )
         yield "| --- |" + " ---: |" * 12
         for row in averaged(group):
@@ -199,7 +199,8 @@ def rows(records: list[dict[str, Any]]) -> Iterator[str]:
             paper = row["paper"]
             both = row["forward_minutes"] + row["backward_minutes"]
             yield (
-                f"| {row['contender']} | {row['keep']:g} | {row['share']:.2%} | {row['accuracy']:.2f}%{spread} | {row['lost']:.2f} "
+                f"| {row['contender']} | {row['keep']:g} | {row['share']:.2%} "
+                f"| {row['accuracy']:.2f}%{spread} | {row['lost']:.2f} "
                 f"| {'' if paper is None else format(paper['lost'], '.2f')} | {row['forward_minutes']:.1f} min "
                 f"| {row['backward_minutes']:.1f} min | {both:.1f} min | {row['faster']:.2f} "
                 f"| {'' if paper is None else format(paper['faster'], '.2f')} | {row['train_minutes']:.1f} min "
