@@ -4,7 +4,8 @@ With m and m′ drawn independently from s, and both losses of the same batch an
 E L² is the mean of L(m)², what the variance of plain policy gradients grows with; V(s) that of (L(m) − L(m′))², with
 which the variance of VR-PGE grows; V_max(s) the largest, over all units i and both values of m_i, of the mean of
 (L(m) − L(m′))² given m_i, which bounds what each unit's share of it can be (this project's reading of the appendix;
-estimated as the largest of as many noisy means as there are units, so from above).
+estimated as the largest of as many noisy means as there are units, so from above, and only where at least `SEEN` masks
+have m_i so: of a unit that is nearly certain, one mask without it would decide).
 Property 1: V(s) is far below E L². Property 2: V_max(s) is close to V(s).
 
 The run keeps its checkpoints; the masks are drawn and evaluated afterwards, from each of them.
@@ -32,6 +33,8 @@ from reproduction.pictures import new_figure, save
 from reproduction.runs import ROOT, SHORT, finish
 
 QUANTITIES = {"losses": "E L²", "pairs": "V(s)", "largest": "V_max(s)"}
+SEEN = 40
+"""Of the masks drawn at a moment, of which there are two for each pair; a tenth of them where they are few."""
 QUICK: dict[str, Any] = {"steps": 4, "points": 2, "pairs": 6}
 QUICK_KEYS = [*SHORT, "--task.width", "0.25"]
 
@@ -117,8 +120,9 @@ def point(losses: Tensor, masks: Tensor) -> Point:
     as the one that is conditioned on."""
     squares = (losses[:, 0] - losses[:, 1]).square().repeat_interleave(2)  # of each mask
     kept = masks.flatten(0, 1).double()  # (2 pairs, units)
-    means = [(squares @ share) / share.sum(0) for share in (kept, 1 - kept)]  # NaN: never so
-    largest = torch.stack([mean.nan_to_num(0).max() for mean in means]).max()
+    least = min(SEEN, len(kept) / 10)
+    means = [((squares @ share) / share.sum(0))[share.sum(0) >= least] for share in (kept, 1 - kept)]
+    largest = torch.cat(means).max()
     return Point(losses.square().mean().item(), squares.mean().item(), largest.item())
 
 
