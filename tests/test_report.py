@@ -59,7 +59,7 @@ def test_runs_are_compared_and_an_unfinished_one_is_shown(finished: Path, report
     going = tmp_path / "still <going>"
     going.mkdir()
     lines = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (going / "metrics.jsonl").write_text("".join(lines[:3]))
+    (going / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])  # killed while it wrote
     file = tmp_path / "both.html"
     assert report.main([str(finished), str(going), "--html", str(file)]) == 0
     page = file.read_text()
@@ -67,7 +67,7 @@ def test_runs_are_compared_and_an_unfinished_one_is_shown(finished: Path, report
     assert "still &lt;going&gt;" in page and "still <going>" not in page
 
 
-@pytest.mark.parametrize("content", [None, "", "{broken"])
+@pytest.mark.parametrize("content", [None, "", "{broken\n", "[1]\n", '{"loss": 1}\n'])
 def test_a_folder_without_metrics_is_named(tmp_path: Path, report: Any, capsys: Any, content: str | None) -> None:
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)

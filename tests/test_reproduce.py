@@ -3,7 +3,6 @@
 import importlib
 import json
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,12 +90,13 @@ def test_a_run_that_was_interrupted_goes_on(tools: SimpleNamespace, monkeypatch:
         first.setattr(tools.timed.TimedOffloader, "step", interrupted)
         tools.runs.finish(out, "vgg19_cifar10", words)
     timed = json.loads((out / "passes.json").read_text())
-    assert timed["steps"] == 5 and not (out / "summary.json").exists()
+    assert timed["steps"] == 4 and not (out / "summary.json").exists()
     run = tools.runs.finish(out, "vgg19_cifar10", words)
     assert [record["step"] for record in metrics(out)] == list(range(7))
     again = json.loads((out / "passes.json").read_text())
-    assert again["steps"] == 7  # the fifth was taken twice
-    assert run.passes["backward"] == pytest.approx(again["backward"] * 6 / 7)
+    assert again["steps"] == 6 and run.passes["backward"] == again["backward"] > timed["backward"]
+    (out / "passes.json").write_text(json.dumps(again | {"steps": 8}))  # as of a run that was killed, not interrupted
+    assert tools.runs.finish(out, "vgg19_cifar10", words).passes["forward"] == pytest.approx(again["forward"] * 6 / 8)
     with pytest.raises(UserError, match="holds a run with other arguments"):
         tools.runs.finish(out, "vgg19_cifar10", [*words, "--seed", 1])
 
@@ -185,4 +185,13 @@ def test_keys_of_the_structure_are_for_sparse_runs_alone(tools: SimpleNamespace)
     assert options.of_structure == ["--structure.keep", "0.5", "--structure.lr=1"]
     assert options.passed_on == ["--memory.autocast", "bf16"] and options.epochs == 2
     assert options.json == ROOT / "tools" / "results" / "table5.json"
-    sys.modules.pop("reproduce", None)
+
+
+def test_what_is_neither_an_option_nor_a_key_is_refused(
+    tools: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        tools.reproduce.parse(["cost", "vgg19"])
+    assert "unexpected argument: vgg19" in capsys.readouterr().err
+    assert tools.reproduce.main(["cost", "--quick", "--picture", "nowhere/cost.svg"]) == 2
+    assert capsys.readouterr().err == "--picture nowhere/cost.svg cannot be written: its folder must be there\n"

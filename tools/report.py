@@ -49,13 +49,15 @@ class Run:
 
 
 def read(folder: Path) -> Run:
-    """Raises `UserError` where there is nothing to show."""
+    """Raises `UserError` where there is nothing to show. A last line that a killed run has half written is left out."""
     file = folder / "metrics.jsonl"
     try:
-        lines = file.read_text().splitlines()
+        whole = file.read_text().rpartition("\n")[0]
         summary = folder / "summary.json"
         found = json.loads(summary.read_text()) if summary.exists() else {}
-        records = [json.loads(line) for line in lines]
+        records = [json.loads(line) for line in whole.splitlines()]
+        if not all(isinstance(record, dict) and "step" in record for record in records):
+            raise ValueError("a line is no record of a step")
     except (OSError, ValueError) as error:
         raise UserError(f"report: {file} cannot be read as a run's metrics: {error}") from error
     if not records:

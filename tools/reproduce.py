@@ -6,7 +6,7 @@ table5: VGG-19 on CIFAR-10 at the sizes of the paper's Table 5: accuracy, minute
 figure4: E L², V(s) and V_max(s) through the training of ResNet-32 (Figure 4, and the properties it shows).
 interval: final quality when the subnetwork is resampled every 1, 10, 50, 200 steps (the claim of Section D).
 cost: train cost of dense training, GrowEfficient, the paper's method and this one (Section C.1), counted and timed.
-wide: a master 8 times as wide as the subnetwork that fits (channel ratios far below the paper's).
+wide: a master 16 times as wide as the subnetwork that fits (channel ratios far below the paper's).
 
 Records and picture go to tools/results/, and those of other sizes and devices stay. Every training run has a folder of
 its own in `--out`; one that is complete is not repeated, an interrupted one goes on. `NAME --help` lists the sizes;
@@ -51,6 +51,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.json = options.json or results / f"{options.name}.json"
     options.picture = options.picture or results / f"{options.name}.svg"
     tiny = PARTS[options.name].QUICK_KEYS if quick else []
+    if options.passed_on and not options.passed_on[0].startswith("--"):
+        parser.error(f"unexpected argument: {options.passed_on[0]}")
     options.of_structure, options.passed_on = _split([*tiny, *options.passed_on])
     options.command = " ".join(["python tools/reproduce.py", *arguments])
     return options
@@ -74,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.quick:
             options.out.mkdir(parents=True, exist_ok=True)
         read_records(options.json)  # a file that cannot be added to is found before hours of measuring
+        if not options.picture.parent.is_dir():
+            raise UserError(f"--picture {options.picture} cannot be written: its folder must be there")
         for record in part.measure(setting, options):
             records.append(record)
             merge(options.json, [record])

@@ -10,9 +10,12 @@ from typing import Any
 from benchmarks.launching import launch
 
 from offload_trainer.errors import UserError
+from offload_trainer.master.checkpoint import write_json
 from reproduction.timed import PASSES
 
 ROOT = Path(__file__).parents[2]
+WHOLE = ["--structure.keep", "null", "--structure.groups", '{"*": 1.0}', "--structure.result", "top"]
+"""Keys of a config for an ordinary training of the whole network."""
 SHORT = [
     *("--task.limit", "16", "--task.batch_size", "4", "--sync_every", "2", "--structure.paired_batches", "1"),
     *("--structure.result_batches", "1", "--structure.samples", "2"),
@@ -52,17 +55,17 @@ def finish(out: Path, config: str, arguments: Sequence[object], *, keep_checkpoi
 
     Raises `UserError` if the run fails, or if another one lies in the folder.
     """
-    asked = [config, *map(str, arguments)]
+    asked = {"config": config, "arguments": [str(word) for word in arguments]}
     if (out / ASKED).is_file() and json.loads((out / ASKED).read_text()) != asked:
         raise UserError(f"{out} holds a run with other arguments: name another --out, or remove it")
     if not (out / SUMMARY).is_file():
         out.mkdir(parents=True, exist_ok=True)
-        (out / ASKED).write_text(json.dumps(asked))
-        words = ["--config", ROOT / "configs" / f"{config}.yaml", "--out", out, "--resume", "auto", *asked[1:]]
+        write_json(out / ASKED, asked)
+        words = ["--config", ROOT / "configs" / f"{config}.yaml", "--out", out, "--resume", "auto", *arguments]
         launch(out.name, words, ["-m", "reproduction.timed"])
         if not keep_checkpoints:
             shutil.rmtree(out / "checkpoints")
     lines = (out / METRICS).read_text().splitlines()
     summary, passes = (json.loads((out / name).read_text()) for name in (SUMMARY, PASSES))
-    scale = summary["steps"] / passes.pop("steps")  # a run that was interrupted timed some steps twice
+    scale = summary["steps"] / passes.pop("steps")  # a run that was killed timed some steps twice
     return Run(out, summary, [json.loads(line) for line in lines], {k: v * scale for k, v in passes.items()})

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.records import Record, Setting
 
 from reproduction.pictures import new_figure, save
-from reproduction.runs import SHORT, Run, finish
+from reproduction.runs import SHORT, WHOLE, Run, finish
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ def train(options: argparse.Namespace, model: str, keep: float, seed: int, conte
     arguments += ["--track.log_every", max(1, steps // 100), "--track.eval_every", max(1, steps // 10)]
     arguments += ["--checkpoint.every", max(1, steps // 5), "--track.display", "plain"]
     arguments += ["--task.width", options.width] if options.width else []
-    whole = ["--structure.keep", "null", "--structure.groups", '{"*": 1.0}', "--structure.result", "top"]
-    arguments += whole if keep == 1 else ["--structure.keep", keep, *options.of_structure]
+    arguments += WHOLE if keep == 1 else ["--structure.keep", keep, *options.of_structure]
     arguments += options.passed_on
     arguments += ["--structure.settle", 1] if contender == "fixed" else []
     name = f"{model}-{keep:g}-seed-{seed}" + ("-fixed" if contender == "fixed" else "")

@@ -5,6 +5,7 @@ passes, and the steps they belong to.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -50,12 +51,12 @@ class Clock:
 
 
 class TimedOffloader(Offloader):
-    """Its clock reads what a training loop calls, and is written where a resumed run finds it."""
+    """Its clock reads what a training loop calls, and is written as rounds end, where a resumed run finds it."""
 
     def __init__(self, *args: Any, file: Path, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.clock, self._file = Clock(self.device), file
-        self._timed = 0
+        self.clock, self._file, self._timed = Clock(self.device), file, 0
+        self._before = json.loads(file.read_text()) if file.exists() else {}
         self._backward = self.accelerator.backward
         self.accelerator.backward = self._timed_backward  # type: ignore[method-assign]
 
@@ -71,12 +72,19 @@ class TimedOffloader(Offloader):
     def step(self) -> None:
         super().step()
         self._timed += 1
+        if self.between_rounds:
+            self._write()
 
-    def __exit__(self, kind: object, *rest: object) -> None:
-        super().__exit__(kind, *rest)
-        before = json.loads(self._file.read_text()) if self._file.exists() else {"steps": 0}
+    def finish_round(self) -> None:
+        super().finish_round()
+        self._write()
+
+    def _write(self) -> None:
+        """Whole or not at all; with what was timed before a resume."""
         found = {"steps": self._timed, **self.clock.seconds()}
-        self._file.write_text(json.dumps({key: value + before.get(key, 0) for key, value in found.items()}))
+        temporary = self._file.with_name(f".{self._file.name}.tmp")
+        temporary.write_text(json.dumps({key: value + self._before.get(key, 0) for key, value in found.items()}))
+        os.replace(temporary, self._file)
 
 
 def main(arguments: list[str]) -> int:

@@ -12,10 +12,9 @@ from typing import Any
 from benchmarks.records import Record, Setting
 
 from reproduction.pictures import new_figure, save
-from reproduction.runs import SHORT, Run, finish
+from reproduction.runs import SHORT, WHOLE, Run, finish
 from reproduction.table5 import CONFIGS
 
-WHOLE = ["--structure.keep", "null", "--structure.groups", '{"*": 1.0}', "--structure.result", "top"]
 QUICK: dict[str, Any] = {"width": 0.0625, "times": 4, "steps": 4}
 QUICK_KEYS = SHORT
 
