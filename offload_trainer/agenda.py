@@ -45,19 +45,23 @@ class Agenda:
         if self.settled or not self._structure.names:
             return Entry(self.top())
         first = self.starts_from_top and not rounds
+        compared = self._structure.compares and not first
         if self._reference == "fresh":
             if first:
                 return Entry(self.top())
-            plan, reference = self._plans(self._structure.pair())
-            return Entry(plan, reference)
+            plan, other = self._plans(self._structure.pair())
+            return Entry(plan, other if compared else None)
         plan, after, later = self._plans(self._structure.follow())
-        return Entry(self.top(), None, (after, later)) if first else Entry(plan, after, (after, later))
+        return Entry(self.top() if first else plan, after if compared else None, (after, later))
 
-    def end(self, plan: Plan, steps: int, now: int, difference: float | None) -> None:
-        """The round of `plan` has ended after `steps`, at step `now` of the run. difference: d, if there were pairs."""
+    def end(
+        self, plan: Plan, steps: int, now: int, difference: float | None, credit: Mapping[str, Tensor] | None
+    ) -> None:
+        """The round of `plan` has ended after `steps`, at step `now` of the run. difference: d, if there were pairs;
+        credit: what the backward passes said of its units, if that is wanted."""
         self._structure.trained(plan, steps, now)
-        if difference is not None:
-            self._structure.update(difference)
+        if not self.settled:
+            self._structure.update(difference, plan, credit)
 
     def top(self) -> Plan:
         """The units of the largest s; all of them where no group is sampled."""

@@ -8,32 +8,19 @@ mean share over its readers, so scores compare between layers of a kind.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from offload_trainer.device import ranks
 from offload_trainer.evaluation import streamed
-from offload_trainer.groups import Groups, Slot
+from offload_trainer.groups import Groups
+from offload_trainer.groups.readers import Reader, find_readers, read_slots
 
 LossFn = Callable[[nn.Module, Any], Tensor]
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A layer that reads a group's units: the axis of its weight that its input lies on, and that of the input."""
-
-    path: str
-    weight: str
-    """Name by which the groups know the weight (that of the first tensor tied to it)."""
-    axis: int
-    features: int
-    """Axis of the layer's input that holds the units."""
 
 
 def importance(
@@ -50,7 +37,7 @@ def importance(
     matrices' squared norm. `batches` are this rank's own; the model may lie in host memory, larger than the device.
     """
     readers = find_readers(model, groups)
-    read = {name: _read_slots(readers, groups, name) for name in names}
+    read = {name: read_slots(readers, groups, name) for name in names}
     watched = {reader.path: reader for pairs in read.values() for reader, _ in pairs}
     squares = mean_squares(model, list(watched.values()), batches, loss_fn, accelerator)
     tensors = dict(model.named_parameters())
@@ -67,38 +54,6 @@ def importance(
         ]
         scores[name] = torch.stack(per_unit).mean(0).float()
     return scores, [name for name, pairs in read.items() if not pairs]
-
-
-def find_readers(model: nn.Module, groups: Groups) -> list[Reader]:
-    """Every layer whose input axis some group slices."""
-    first: dict[int, str] = {}
-    for name, parameter in model.named_parameters():
-        first.setdefault(id(parameter), name)
-    readers = []
-    for path, module in model.named_modules():
-        place = _input_axis(module)
-        if place is None:
-            continue
-        weight = first[id(module.weight)]
-        if groups.by_tensor.get(weight, {}).get(place[0]):
-            readers.append(Reader(path, weight, *place))
-    return readers
-
-
-def _input_axis(module: nn.Module) -> tuple[int, int] | None:
-    """(axis of the weight, axis of the input) that hold what a layer reads; None for a layer of another kind."""
-    if isinstance(module, nn.Linear):
-        return 1, -1
-    if isinstance(module, Conv1D):
-        return 0, -1
-    if isinstance(module, nn.modules.conv._ConvNd) and module.groups == 1:
-        return (0 if module.transposed else 1), 1
-    return None
-
-
-def _read_slots(readers: list[Reader], groups: Groups, name: str) -> list[tuple[Reader, Slot]]:
-    """The slots of a group that a layer reads, with that layer."""
-    return [(r, slot) for r in readers for slot in groups.slots(name) if (slot.tensor, slot.axis) == (r.weight, r.axis)]
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What a config asks for, made: accelerator, structure, optimizer; and what of it a resumed run must share."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def make_structure(config: Config, groups: Groups) -> Structure:
         section.share,
         per_group_keep=section.ratios,
         estimator=section.estimator,
+        control=section.control,
         alpha=section.alpha,
         sampler=section.sampler,
         budget=section.budget,
@@ -71,6 +73,8 @@ def make_structure(config: Config, groups: Groups) -> Structure:
         schedule=section.schedule,
         start_keep=section.start_keep,
         schedule_steps=section.schedule_steps,
+        explore=section.explore,
+        explore_steps=math.ceil(config.steps * (1 - section.settle)) if section.settle else 0,
         seed=config.seed,
     )
 
@@ -114,4 +118,5 @@ def resumable(config: Config) -> dict[str, object]:
         "structure.multiple_of": structure.multiple_of,
         "structure.start": structure.start,
         "structure.reference": structure.reference,
+        "structure.estimator": structure.estimator,
     }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from offload_trainer.agenda import Agenda, Reference
 from offload_trainer.device import memory, ranks
+from offload_trainer.device.crediting import Crediting
 from offload_trainer.device.movers import Choice, choose_mover
 from offload_trainer.device.processes import require_supported, transfer_threads
 from offload_trainer.device.subnet import TrainedSubnet
@@ -43,8 +44,8 @@ class Offloader:
     transfer: who moves elements on the host: torch ("plain"), compiled kernels ("native"), or the faster.
     precision: types in which the master stores large tensors; subnet and export have those that `model` came in.
 
-    A round in which the loss or a weight was not finite raises at its end, before anything reaches the master.
-    Use it as a context manager. A run's last, unfinished round is written back on a clean exit.
+    A round in which the loss or a weight was not finite raises at its end, before anything reaches the master. Use it
+    as a context manager. A run's last, unfinished round is written back on a clean exit.
     """
 
     def __init__(
@@ -69,9 +70,7 @@ class Offloader:
     ):
         self.accelerator = accelerator or Accelerator()
         require_supported(self.accelerator)
-        require_arguments(sync_every, state, clip_norm)
-        if compile and not structure.constant_widths:
-            raise UserError("memory.compile needs plans of constant widths: structure.sampler fixed, budget per_group")
+        require_arguments(sync_every, state, clip_norm, fits=structure.constant_widths or not compile)
         self.device = self.accelerator.device
         self.groups, self.structure, self.loss_fn = groups, structure, loss_fn
         self.sync_every, self.clip_norm, self.precision = sync_every, clip_norm, precision
@@ -86,6 +85,7 @@ class Offloader:
         self.mover = choose_mover(transfer, transfer_threads(self.device, overlap=overlap))
         ways = {"sampled": sampled, "carry": carry, "compile": compile, "overlap": overlap}
         self._bench = Workbench(self._master, self.device, optimizer, layout, mover=self.mover, **ways)
+        self._crediting = Crediting(model, groups, structure.names if structure.uses_credit else ())
         self.transfers = Transfers()
         self._boundary: Boundary | None = self._make_boundary()
 
@@ -114,6 +114,9 @@ class Offloader:
             raise RuntimeError("step() follows loss() and a backward pass: this round has seen no loss yet")
         running, subnet = self._round, self._bench.subnet
         ranks.average_gradients(self.accelerator, subnet.parameters)
+        late = running.steps >= self.sync_every - self.structure.paired_batches
+        if late and not self.agenda.settled:  # what has just come in has been trained by then
+            self._crediting.add(subnet)
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(subnet.parameters.values()), self.clip_norm)
         subnet.optimizer.step()
@@ -278,7 +281,7 @@ class Offloader:
 
     def _end_round(self, running: Round) -> None:
         difference = running.difference(self.accelerator)  # the host waits here for the round's last kernels
-        losses = running.mean_losses(self.accelerator)
+        losses, credit = running.mean_losses(self.accelerator), self._crediting.take(self._bench.subnet.plan)
         try:
             running.require_finite(losses, self._bench.subnet.is_finite(), self.steps, self.rounds)
         except UserError:
@@ -293,7 +296,7 @@ class Offloader:
                 ranks.average_buffers(self.accelerator, self._bench.subnet.module)
                 written = self._bench.end(running.steps, self.rounds)
             self.report = self.transfers.report(written.work, written.delta_norm, difference)
-            self.agenda.end(self._bench.subnet.plan, running.steps, self.steps, difference)
+            self.agenda.end(self._bench.subnet.plan, running.steps, self.steps, difference, credit)
             self._bench.subnet.optimizer.zero_grad()  # of a batch that was never followed by a step
             self.rounds += 1
             self._round = None

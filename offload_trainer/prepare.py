@@ -167,7 +167,9 @@ def decide_keep(config: Config, accelerator: Accelerator, groups: Groups, predic
 
     def ledger_at(keep: float) -> Ledger:
         structure = make_structure(with_keep(config, keep), groups)
-        reference = bool(structure.names) and section.settle < 1
+        ahead = config.memory.overlap and section.reference == "next" and structure.constant_widths
+        # Beside the subnet that is trained, the device holds the one it is compared with, or that waits for its turn.
+        reference = bool(structure.names) and section.settle < 1 and (structure.compares or ahead)
         sampled = groups.sliced_by(structure.names)
         return predictor.ledger(Plan(groups, structure.top()), reference=reference, sampled=sampled)
 

@@ -15,14 +15,17 @@ from offload_trainer.device.transfer import Work
 from offload_trainer.errors import UserError
 
 
-def require_arguments(sync_every: int, state: str, clip_norm: float | None) -> None:
-    """Raise `UserError` unless rounds can be made of them (see `Offloader`)."""
+def require_arguments(sync_every: int, state: str, clip_norm: float | None, *, fits: bool) -> None:
+    """Raise `UserError` unless rounds can be made of them (see `Offloader`). fits: what is compiled, if anything is,
+    fits every plan."""
     if sync_every < 1:
         raise UserError(f"sync_every ({sync_every}) must be at least 1")
     if state not in ("carry", "reset"):
         raise UserError(f"state ({state!r}) must be carry or reset")
     if clip_norm is not None and clip_norm <= 0:
         raise UserError(f"clip_norm ({clip_norm}) must be positive, or None")
+    if not fits:
+        raise UserError("memory.compile needs plans of constant widths: structure.sampler fixed, budget per_group")
 
 
 @dataclass

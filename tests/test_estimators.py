@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offload_trainer.structure import rloo, vr_pge
+from offload_trainer.structure import disarm, rloo, vr_pge
+from offload_trainer.structure.estimators import known_mean
 
 ESTIMATORS = (vr_pge, rloo)
 ALPHAS = (0.5, 0.7, 0.99)
@@ -152,3 +153,60 @@ def test_estimators_are_the_formulas():
     h = s * (1 - s)
     torch.testing.assert_close(vr_pge(s, m, s, m2, 0.3, 0.6), 0.3 * h**0.6 * (m - s) / h)
     torch.testing.assert_close(rloo(s, m, s, m2, 0.3, 0.6), 0.15 * h**0.6 * (m - m2) / h)
+    furthest = torch.tensor([0.8, 0.7])
+    torch.testing.assert_close(disarm(s, m, s, m2, 0.3, 0.6), 0.15 * h**0.6 * (m - m2) * furthest / h)
+
+
+def twin_weights(s: Tensor) -> Tensor:  # (2^n, 2^n), the probability of every pair of twins
+    """Of each unit on its own: both as rarely as can be."""
+    masks = all_masks(len(s))
+    both, neither, one = (2 * s - 1).clamp(min=0), (1 - 2 * s).clamp(min=0), torch.minimum(s, 1 - s)
+    m, m2 = masks[:, None], masks
+    return (m * m2 * both + (1 - m) * (1 - m2) * neither + (m - m2).abs() * one).prod(-1)
+
+
+def mean_over(pairs: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance, per coordinate, of (2^n, 2^n, n) values whose pairs have these weights."""
+    mean = (pairs[..., None] * values).sum((0, 1))
+    return mean, (pairs[..., None] * (values - mean) ** 2).sum((0, 1))
+
+
+@pytest.mark.parametrize("loss", [random_table, tiny_network])
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_mean_of_disarm_over_all_twins_is_the_exact_gradient(loss: Loss, alpha: float):
+    for s in INTERIOR:
+        masks, losses = all_masks(len(s)), loss(all_masks(len(s)))
+        pairs, count = twin_weights(s), len(masks)
+        torch.testing.assert_close(pairs.sum(1), weights(s))  # each twin is a draw of its own
+        d = (losses[:, None] - losses)[..., None]
+        values = disarm(s, masks[:, None].expand(-1, count, -1), s, masks.expand(count, -1, -1), d, alpha)
+        mean, variance = mean_over(pairs, values)
+        torch.testing.assert_close(mean, exact_gradient(s, losses, alpha), rtol=1e-6, atol=1e-9)
+        if loss is tiny_network and float(s.max()) == 0.5:
+            assert variance.sum() < moments(rloo, s, losses, alpha)[1].sum()
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("estimate", [vr_pge, rloo, disarm])
+def test_a_linear_control_variate_adds_no_bias(estimate, alpha: float):
+    """Whatever it predicts; and where it predicts all of d there is no variance left."""
+    for s in INTERIOR:
+        masks, losses = all_masks(len(s)), tiny_network(all_masks(len(s)))
+        c = torch.randn(len(s), generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        count, pairs = len(masks), twin_weights(s) if estimate is disarm else weights(s)[:, None] * weights(s)
+        m, m2 = masks[:, None].expand(-1, count, -1), masks.expand(count, -1, -1)
+
+        def controlled(d: Tensor, c=c, s=s, m=m, m2=m2) -> Tensor:
+            return estimate(s, m, s, m2, d - (m - m2) @ c[:, None], alpha) + known_mean(estimate, s, s, c, alpha)
+
+        mean, _ = mean_over(pairs, controlled((losses[:, None] - losses)[..., None]))
+        torch.testing.assert_close(mean, exact_gradient(s, losses, alpha), rtol=1e-6, atol=1e-9)
+        mean, variance = mean_over(pairs, controlled((m - m2) @ c[:, None]))
+        torch.testing.assert_close(mean, (s * (1 - s)) ** alpha * c)
+        assert variance.max() < 1e-12
+
+
+def test_the_known_mean_of_rloo_is_between_the_s_of_both_masks():
+    s, s2, c = torch.tensor([0.5, 0.2]), torch.tensor([0.1, 0.2]), torch.tensor([2.0, -1.0])
+    assert known_mean(rloo, s, s2, c, 0.5).tolist() == pytest.approx([0.5 + 0.3, -0.4])
+    assert known_mean(vr_pge, s, s2, c, 0.5).tolist() == pytest.approx([1.0, -0.4])

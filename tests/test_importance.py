@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from offload_trainer import run
 from offload_trainer.groups import find_groups
-from offload_trainer.importance import find_readers, importance
+from offload_trainer.groups.readers import find_readers
+from offload_trainer.importance import importance
 from tests import models, runs
 
 

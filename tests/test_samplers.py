@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from offload_trainer.structure import bernoulli, fixed
-from offload_trainer.structure.samplers import inclusion
+from offload_trainer.structure.samplers import bernoulli_twins, fixed_twins, inclusion
 
 DRAWS = 4000
 probabilities = st.lists(st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1.0, 1e-8])), min_size=1, max_size=10)
@@ -117,6 +117,31 @@ def test_same_generator_state_same_masks(draw):
     s = torch.rand(50, generator=generator(1))
     assert torch.equal(draw(s, 20, generator(7)), draw(s, 20, generator(7)))
     assert not torch.equal(draw(s, 20, generator(7)), draw(s, 20, generator(8)))
+
+
+@pytest.mark.parametrize("draw", [lambda s, g: fixed_twins(s, 3, g), lambda s, g: bernoulli_twins(s, 0, g)])
+def test_twins_are_draws_that_differ_as_much_as_they_can(draw):
+    s, random = torch.tensor([0.1, 0.9, 0.5, 0.5, 0.3, 0.7, 0.0, 0.0]), generator()
+    pairs = [draw(s, random) for _ in range(DRAWS)]
+    first, second = (torch.stack(masks) for masks in zip(*pairs, strict=True))
+    assert_frequencies(first, s.double())
+    assert_frequencies(second, s.double())
+    assert_frequencies(first & second, (2 * s.double() - 1).clamp(min=0))
+    assert_frequencies(~first & ~second, (1 - 2 * s.double()).clamp(min=0))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(probabilities, st.data())
+def test_fixed_twins_keep_exactly_k_and_the_first_is_what_fixed_draws(s: list[float], data: st.DataObject):
+    k, values = data.draw(st.integers(1, len(s))), torch.tensor(s)
+    first, second = fixed_twins(values, k, generator(k))
+    assert first.sum() == second.sum() == k
+    assert torch.equal(first, fixed(values, k, generator(k)))
+
+
+def test_bernoulli_twins_keep_at_least_min_units():
+    first, second = bernoulli_twins(torch.tensor([0.01, 0.02, 0.03]), 2, generator())
+    assert first.sum() >= 2 and second.sum() >= 2
 
 
 def test_large_group():

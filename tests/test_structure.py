@@ -27,7 +27,9 @@ def rounds(structure: Structure, count: int, first: int = 0) -> list[Tensor]:
         structure.set_step(step)
         m, m2 = structure.pair()
         trace += [*m.values(), *m2.values()]
-        structure.update(sum(float(i.double().mul(2).sin().sum()) for i in m.values()) - len(m2) / (step + 1))
+        d = sum(float(i.double().mul(2).sin().sum()) for i in m.values()) - len(m2) / (step + 1)
+        credit = {name: torch.stack([kept.sin(), kept.cos() ** 2]) for name, kept in m.items()}
+        structure.update(d, m, credit)
         trace += [s.clone() for s in structure.s.values()]
     return trace
 
@@ -43,6 +45,11 @@ VARIANTS = [
     {"budget": "global", "min_units": 2},
     {"budget": "global", "sampler": "bernoulli", "min_units": 3, "alpha": 0.75},
     {"per_group_keep": {"residual": 1.0, "*mlp": 0.3, "*": 0.5}, "schedule": "cubic", "schedule_steps": 12},
+    {"estimator": "disarm", "keep": 0.3},
+    {"estimator": "disarm", "control": "linear", "sampler": "bernoulli", "min_units": 2},
+    {"control": "linear"},
+    {"estimator": "credit", "explore": 0.3, "explore_steps": 15},
+    {"estimator": "credit", "budget": "global"},
 ]
 
 
@@ -92,8 +99,9 @@ def test_s_stays_inside_its_box_and_budget(arguments: dict[str, Any]):
     s = torch.cat([*structure.s.values()])
     assert s.min() >= 0 and s.max() <= 1
     ratios = {"layers.0.mlp": 0.3, "layers.1.mlp": 0.3, "layers.0.heads": 0.5}
+    keep = arguments.get("keep", 0.25)
     budgets = {
-        group.name: group.units * (ratios[group.name] if "per_group_keep" in arguments else 0.25)
+        group.name: group.units * (ratios[group.name] if "per_group_keep" in arguments else keep)
         for group in GROUPS
         if group.name in structure.names
     }
@@ -103,13 +111,17 @@ def test_s_stays_inside_its_box_and_budget(arguments: dict[str, Any]):
             assert structure.s[name].sum() <= budget + 1e-4
 
 
-@pytest.mark.parametrize("estimator", ["rloo", "vr_pge"])
+@pytest.mark.parametrize("control", ["none", "linear"])
+@pytest.mark.parametrize("estimator", ["rloo", "vr_pge", "disarm", "credit"])
 @pytest.mark.parametrize("sampler", ["fixed", "bernoulli"])
 @pytest.mark.parametrize("budget", ["per_group", "global"])
-def test_helpful_units_are_found(estimator: Any, sampler: Any, budget: Any):
+def test_helpful_units_are_found(estimator: Any, control: Any, sampler: Any, budget: Any):
     """Additive loss: the even units of each group lower it by 1 to 2, the odd ones do not change it."""
+    if estimator == "credit" and control == "linear":
+        pytest.skip("credit compares nothing")
     groups = [Group("a", 12), Group("b", 8)]
-    structure = Structure(groups, 0.5, estimator=estimator, sampler=sampler, budget=budget, seed=1)
+    ways = {"estimator": estimator, "control": control, "sampler": sampler, "budget": budget}
+    structure = Structure(groups, 0.5, **ways, seed=1)
     helps = {g.name: torch.where(torch.arange(g.units) % 2 == 0, torch.linspace(1, 2, g.units), 0) for g in groups}
 
     def loss(kept: dict[str, Tensor]) -> float:
@@ -118,7 +130,8 @@ def test_helpful_units_are_found(estimator: Any, sampler: Any, budget: Any):
     untrained = sum(loss(structure.draw()) for _ in range(50)) / 50
     for _ in range(400):
         m, m2 = structure.pair()
-        structure.update(loss(m) - loss(m2))
+        helped = {name: helps[name][indices] for name, indices in m.items()}
+        structure.update(loss(m) - loss(m2), m, {name: torch.stack([-h, h**2]) for name, h in helped.items()})
     for s in structure.s.values():
         assert s[0::2].mean() > s[1::2].mean() + 0.5
     assert loss(structure.top()) < 1.5 * untrained
@@ -172,6 +185,69 @@ def test_loss_difference_that_is_not_finite_is_refused_and_changes_nothing(d: fl
     with pytest.raises(UserError, match=r"loss difference .* must be finite"):
         structure.update(d)
     assert_same([*structure.state_dict().values()], [*before.values()])
+
+
+def test_masks_that_follow_are_twins_two_by_two():
+    """Every second pair is of twins, drawn from one s; the pairs between are independent, as with rloo."""
+    structure, seen = Structure(GROUPS, 0.5, estimator="disarm", lr=0.05), []
+    for r in range(6):
+        masks, state = structure.follow(), structure.state_dict()
+        seen.append(bool(state["drawn.twin"][1]))
+        if seen[-1]:
+            assert torch.equal(state["drawn.from"][0], state["drawn.from"][1])
+            for group in GROUPS[:2]:  # even sizes, kept by half: one has what the other has not
+                both = torch.cat([masks[0][group.name], masks[1][group.name]])
+                assert both.sort().values.tolist() == list(range(group.units)) or r > 0
+        structure.update((-1) ** r)
+    assert seen == [True, False] * 3
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "vr_pge", "disarm"])
+def test_what_credit_predicts_is_taken_out_and_its_mean_added_back(estimator: Any):
+    """Once it is known that d is c of the units: the estimate is the exact gradient, whatever the pair."""
+    groups = [Group("a", 40)]
+    structure = Structure(groups, 0.5, estimator=estimator, control="linear", sampler="bernoulli", lr=0.0)
+    c = torch.randn(40, generator=torch.Generator().manual_seed(2))
+    errors = []
+    for _ in range(300):
+        m, m2 = structure.pair()
+        d = float(c[m["a"]].sum() - c[m2["a"]].sum())
+        structure.update(d, m, {"a": torch.stack([c[m["a"]], torch.zeros(len(m["a"]))])})
+        gradient = structure.flat.grad
+        assert gradient is not None
+        errors.append(float((gradient - 0.5 * c).norm() / (0.5 * c).norm()))
+    assert errors[0] > 0.5 and max(errors[-20:]) < 0.05  # least squares shrinks a little
+
+
+@pytest.mark.parametrize("arguments", [{"control": "linear"}, {"estimator": "credit"}])
+def test_credit_that_is_not_finite_is_refused(arguments: dict[str, Any]):
+    structure = Structure(GROUPS, **arguments)
+    m, _ = structure.pair()
+    credit = {name: torch.full((2, len(kept)), float("nan")) for name, kept in m.items()}
+    with pytest.raises(UserError, match=r"credit of a unit.*must be finite"):
+        structure.update(None, m, credit)
+
+
+def test_credit_tries_the_unknown_before_the_weakest_and_ever_less():
+    """Units that are known to matter stay; exploring falls to nothing at `explore_steps`."""
+    structure = Structure([Group("a", 100)], 0.2, estimator="credit", explore=0.3, explore_steps=100)
+    kept = {"a": torch.arange(20)}
+    strength = torch.arange(1.0, 21) ** 4
+    outside = []
+    for step in (0, 50, 100):
+        structure.set_step(step)
+        structure.update(None, kept, {"a": torch.stack([strength, strength])})
+        s = structure.s["a"]
+        assert s[19] > 0.99 and s[10] > s[0]
+        assert s[20:].std() < 1e-4
+        outside.append(float(s[structure_order(s)[20:]].sum()) / 20)
+    assert outside[0] == pytest.approx(0.3, abs=0.01) and outside[1] == pytest.approx(0.15, abs=0.01)
+    assert outside[2] < 0.06  # the weakest one and those never tried are alike
+    assert set(structure.top()["a"].tolist()) >= set(range(1, 20))
+
+
+def structure_order(s: Tensor) -> Tensor:
+    return s.argsort(descending=True, stable=True)
 
 
 def test_update_before_a_pair_is_an_error():

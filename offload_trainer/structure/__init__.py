@@ -1,5 +1,6 @@
 """Which units are kept: their probabilities, how masks are drawn and how they learn. Maths on CPU tensors."""
 
+from offload_trainer.structure.estimators import disarm as disarm
 from offload_trainer.structure.estimators import rloo as rloo
 from offload_trainer.structure.estimators import vr_pge as vr_pge
 from offload_trainer.structure.projection import project as project

@@ -6,7 +6,8 @@ from typing import Literal, get_args
 
 from offload_trainer.structure.budgets import ScheduleName, require
 
-Estimator = Literal["rloo", "vr_pge"]
+Estimator = Literal["rloo", "vr_pge", "disarm", "credit"]
+Control = Literal["none", "linear"]
 Sampler = Literal["fixed", "bernoulli"]
 Budget = Literal["per_group", "global"]
 
@@ -18,8 +19,10 @@ def require_arguments(
     paired_batches: int,
     min_units: int,
     width_steps: Mapping[str, int] | None,
+    explore: float,
     *,
     estimator: str,
+    control: str,
     sampler: str,
     budget: str,
     schedule: str,
@@ -27,6 +30,7 @@ def require_arguments(
     """Raises `UserError`; for the arguments see `Structure`."""
     for key, value, choices in (
         ("estimator", estimator, get_args(Estimator)),
+        ("control", control, get_args(Control)),
         ("sampler", sampler, get_args(Sampler)),
         ("budget", budget, get_args(Budget)),
         ("schedule", schedule, get_args(ScheduleName)),
@@ -36,6 +40,8 @@ def require_arguments(
     require(0.5 <= alpha < 1, "alpha", alpha, "be in [0.5, 1)")
     require(0 <= lr < math.inf, "lr", lr, "be finite and not negative")
     require(paired_batches >= 1, "paired_batches", paired_batches, "be at least 1")
+    require(0 < explore < 1, "explore", explore, "be in (0, 1)")
+    require(control == "none" or estimator != "credit", "control", control, "be none with estimator credit: no pairs")
     require(min_units >= 1, "min_units", min_units, "be at least 1")
     if width_steps and max(width_steps.values()) > 1:
         rule = "be 1 unless sampler is fixed, budget per_group"

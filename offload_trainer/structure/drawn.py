@@ -6,26 +6,30 @@ import torch
 from torch import Tensor
 
 AHEAD = 3
-"""Masks at most: the one that is trained, the one it is compared with, the one after that."""
+"""Masks that a round knows: the one that is trained, the one it is compared with, the one after that."""
+ROOM = AHEAD + 1
+"""Masks at most: twins are drawn together."""
 
 
 class Drawn:
     """m, m′ and what follows them; an estimate needs s as it was when each was drawn."""
 
     def __init__(self, units: int):
-        self.masks = torch.zeros(AHEAD, units, dtype=torch.bool, device="cpu")
-        self.s = torch.zeros(AHEAD, units, device="cpu")
+        self.masks = torch.zeros(ROOM, units, dtype=torch.bool, device="cpu")
+        self.s = torch.zeros(ROOM, units, device="cpu")
+        self.twin = torch.zeros(ROOM, dtype=torch.bool, device="cpu")
+        """Whether each is the antithetic twin of the one before it."""
         self.count = 0
 
-    def push(self, mask: Tensor, s: Tensor) -> None:
+    def push(self, mask: Tensor, s: Tensor, *, twin: bool = False) -> None:
         """One more at the end."""
-        self.masks[self.count], self.s[self.count] = mask, s
+        self.masks[self.count], self.s[self.count], self.twin[self.count] = mask, s, twin
         self.count += 1
 
     def step(self) -> None:
         """Done with the first, if there is one: the others move up."""
         if self.count:
-            self.masks, self.s = self.masks.roll(-1, 0), self.s.roll(-1, 0)
+            self.masks, self.s, self.twin = (x.roll(-1, 0) for x in (self.masks, self.s, self.twin))
             self.count -= 1
 
     def clear(self) -> None:
@@ -38,7 +42,8 @@ class Drawn:
     def state_dict(self) -> dict[str, Tensor]:
         """Copies; the shapes are always the same."""
         count = torch.tensor(self.count, device="cpu")
-        return {"masks": self.masks.clone(), "from": self.s.clone(), "count": count}
+        return {"masks": self.masks.clone(), "from": self.s.clone(), "twin": self.twin.clone(), "count": count}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.masks, self.s, self.count = state["masks"].clone(), state["from"].clone(), int(state["count"])
+        self.masks, self.s, self.twin = (state[name].clone() for name in ("masks", "from", "twin"))
+        self.count = int(state["count"])

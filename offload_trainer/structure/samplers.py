@@ -15,13 +15,19 @@ def bernoulli(
 
     Fewer than `min_units` drawn: those of largest s among the rest are added, ties broken by the generator.
     """
-    mask = torch.rand(s.shape, generator=generator, dtype=torch.float64, device=s.device) < s
-    missing = min_units - int(mask.sum())
-    if missing > 0:
-        shuffled = torch.randperm(s.numel(), generator=generator, device=s.device)
-        rest = shuffled[~mask[shuffled]]
-        mask[rest[s[rest].argsort(descending=True, stable=True)[:missing]]] = True
-    return mask
+    u = torch.rand(s.shape, generator=generator, dtype=torch.float64, device=s.device)
+    return _at_least(min_units, u < s, s, generator)
+
+
+def bernoulli_twins(
+    s: Tensor,  # (n,) in [0, 1]
+    min_units: int,  # 0..n
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:  # both (n,) bool
+    """Two masks, each drawn as `bernoulli` does, from u and from 1 - u: as different as they can be."""
+    u = torch.rand(s.shape, generator=generator, dtype=torch.float64, device=s.device)
+    first, second = (_at_least(min_units, mask, s, generator) for mask in (u < s, 1 - u < s))
+    return first, second
 
 
 def fixed(
@@ -36,18 +42,47 @@ def fixed(
     interval is longer than 1, so no unit is hit twice. The shuffle makes the dependence between two units as
     weak as O(1/n).
     """
+    return _systematic(s, k, generator, shifts=(0.0,))[0]
+
+
+def fixed_twins(
+    s: Tensor,  # (n,) in [0, 1]
+    k: int,  # 1..n
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:  # both (n,) bool, exactly k True
+    """Two masks, each drawn as `fixed` does, in the same order but half an interval apart, at u and u + 1/2.
+
+    An interval of length s holds points of both with probability max(0, 2s - 1), so a unit is in both as rarely as it
+    can be: the very joint distribution of `bernoulli_twins`.
+    """
+    first, second = _systematic(s, k, generator, shifts=(0.0, 0.5))
+    return first, second
+
+
+def _systematic(s: Tensor, k: int, generator: torch.Generator, shifts: tuple[float, ...]) -> list[Tensor]:
     p = inclusion(s, k)
-    mask = p >= 1 - _CERTAIN
-    k_open = k - int(mask.sum())
+    certain = p >= 1 - _CERTAIN
+    k_open = k - int(certain.sum())
+    masks = [certain.clone() for _ in shifts]
     if k_open > 0:
-        units = ((p > 0) & ~mask).nonzero().flatten()
+        units = ((p > 0) & ~certain).nonzero().flatten()
         units = units[torch.randperm(units.numel(), generator=generator, device=s.device)]
         ends = p[units].cumsum(0)
         ends = ends / ends[-1] * k_open  # the last end is exactly k_open
         u = torch.rand((), generator=generator, dtype=torch.float64, device=s.device)
-        # u stays clear of 0 and 1: otherwise u + k - 1 could round up to k, beyond the last interval.
-        points = u.clamp(_CERTAIN, 1 - _CERTAIN) + torch.arange(k_open, device=s.device)
-        mask[units[torch.searchsorted(ends, points, right=True)]] = True
+        for mask, shift in zip(masks, shifts, strict=True):
+            # It stays clear of 0 and 1: otherwise u + k - 1 could round up to k, beyond the last interval.
+            points = ((u + shift) % 1).clamp(_CERTAIN, 1 - _CERTAIN) + torch.arange(k_open, device=s.device)
+            mask[units[torch.searchsorted(ends, points, right=True)]] = True
+    return masks
+
+
+def _at_least(min_units: int, mask: Tensor, s: Tensor, generator: torch.Generator) -> Tensor:
+    missing = min_units - int(mask.sum())
+    if missing > 0:
+        shuffled = torch.randperm(s.numel(), generator=generator, device=s.device)
+        rest = shuffled[~mask[shuffled]]
+        mask[rest[s[rest].argsort(descending=True, stable=True)[:missing]]] = True
     return mask
 
 

@@ -1,5 +1,8 @@
 """Probabilities s to start from when some units are known to matter more than others."""
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,19 +33,40 @@ def polarised(
     outside[scores.argsort(descending=True, stable=True)[: max(1, round(budget))]] = False
 
     def at(temperature: float) -> Tensor:
-        low, high = float(x.min()) - 40 * temperature, float(x.max()) + 40 * temperature
-        s = uniform.double()
-        for _ in range(80):  # bisection on the place: the sum falls as it rises
-            place = (low + high) / 2
-            s = FLOOR + (1 - 2 * FLOOR) * torch.sigmoid((x - place) / temperature)
-            low, high = (place, high) if float(s.sum()) > budget else (low, place)
-        return s
+        def s(place: float) -> Tensor:
+            return FLOOR + (1 - 2 * FLOOR) * torch.sigmoid((x - place) / temperature)
 
+        low, high = float(x.min()) - 40 * temperature, float(x.max()) + 40 * temperature
+        return s(_root(lambda place: float(s(place).sum()) - within, low, high, 1e-9 * within))
+
+    within = min(max(budget, n * FLOOR), n * (1 - FLOOR))  # what s can sum to
+    share = explore * budget
     spread = max(float(x.max() - x.min()), 1e-6)
-    cold, hot = 1e-4 * spread, 1e2 * spread
-    if float(at(hot)[outside].sum()) <= explore * budget:
+    cold, hot = math.log(1e-4 * spread), math.log(1e2 * spread)
+
+    def beyond(heat: float) -> float:
+        return float(at(math.exp(heat))[outside].sum()) - share
+
+    if beyond(hot) <= 0:
         return uniform
-    for _ in range(50):  # bisection on the logarithm of the temperature: the share outside rises with it
-        middle = (cold * hot) ** 0.5
-        cold, hot = (middle, hot) if float(at(middle)[outside].sum()) <= explore * budget else (cold, middle)
-    return at(cold).float()
+    return at(math.exp(_root(beyond, cold, hot, 1e-6 * budget) if beyond(cold) < 0 else cold)).float()
+
+
+def _root(f: Callable[[float], float], low: float, high: float, tolerance: float) -> float:
+    """Where a monotonic f is within `tolerance` of 0, between `low` and `high`, where its signs differ.
+
+    The Illinois method: regula falsi that halves the value at an end which stays twice (Dowell & Jarratt 1971).
+    """
+    at_low, at_high, side, x = f(low), f(high), 0, low
+    for _ in range(200):
+        x = (low * at_high - high * at_low) / (at_high - at_low)
+        value = f(x)
+        if abs(value) <= tolerance or not min(low, high) < x < max(low, high):
+            break
+        if (value > 0) == (at_high > 0):
+            high, at_high = x, value
+            at_low, side = (at_low / 2 if side == 1 else at_low), 1
+        else:
+            low, at_low = x, value
+            at_high, side = (at_high / 2 if side == -1 else at_high), -1
+    return x

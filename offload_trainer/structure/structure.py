@@ -1,39 +1,40 @@
 """The probability of every unit: drawing subnetworks from it, and learning it from pairs of losses."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from offload_trainer.errors import UserError
-from offload_trainer.structure.arguments import Budget, Estimator, Sampler, require_arguments
+from offload_trainer.structure.arguments import Budget, Control, Estimator, Sampler, require_arguments
 from offload_trainer.structure.budgets import GroupLike, ScheduleName, group_budgets, require
 from offload_trainer.structure.coverage import Coverage, portrait
+from offload_trainer.structure.credit import Credit
 from offload_trainer.structure.drawn import AHEAD, Drawn
-from offload_trainer.structure.estimators import rloo, vr_pge
-from offload_trainer.structure.projection import project
-from offload_trainer.structure.ranking import largest, largest_of_all
-from offload_trainer.structure.samplers import bernoulli, fixed
+from offload_trainer.structure.estimators import ESTIMATORS, known_mean, rloo
+from offload_trainer.structure.pool import Kept, Pool
 from offload_trainer.structure.starts import polarised
-
-ESTIMATORS = {"rloo": rloo, "vr_pge": vr_pge}
-Kept = dict[str, Tensor]
-"""Name of each sampled group → its kept units, int64, sorted."""
 
 
 class Structure:
     """Probabilities s of the units of the sampled groups, on the CPU.
 
-    A round calls `set_step(step)`, `pair()` or `follow()` and, when the losses of the two subnetworks are known,
-    `update(d)`. All follows from `seed` and the values of d, so ranks that share them draw the same masks.
+    A round calls `set_step(step)`, `pair()` or `follow()` and, when it has ended, `update` with what it showed. All
+    follows from `seed` and those numbers, so ranks that share them draw the same masks.
 
     groups: any iterable of objects with `name` and `units`, such as `Groups`.
     keep: keep ratio of every group, in (0, 1]; not used when `per_group_keep` is given.
     per_group_keep: fnmatch pattern of group names → keep ratio; the first match decides. A group that matches
         none, or whose ratio is 1, is not sampled: it stays whole and has no s.
-    estimator, alpha: gradient of s, and the exponent of its preconditioner, in [1/2, 1) (estimators.py).
+    estimator, alpha: gradient of s, and the exponent of its preconditioner, in [1/2, 1) (estimators.py). "disarm"
+        compares twins; where masks follow one another, every second pair is of twins and the others count as "rloo".
+        "credit" needs no pairs: s is polarised (starts.py) by how much the loss reacts to each unit, in the backward
+        passes of the subnets that had it (credit.py). That is biased: it knows units only as they were trained.
+    control: "linear": what credit predicts of d is taken out of it, and the known mean of that added back.
+    explore, explore_steps: for "credit": share of a subnet's units that is expected to lie outside the best, and the
+        optimizer steps in which that falls to zero, in a straight line; 0: it does not.
     sampler: "fixed" keeps round(sum of s) units of a group, "bernoulli" draws each on its own (samplers.py).
     budget: "per_group": sum(s) <= keep * units in each group. "global": over all sampled units together. With
         "fixed", widths are constant under "per_group" and vary between draws under "global".
@@ -63,6 +64,7 @@ class Structure:
         *,
         per_group_keep: dict[str, float] | None = None,
         estimator: Estimator = "rloo",
+        control: Control = "none",
         alpha: float = 0.5,
         sampler: Sampler = "fixed",
         budget: Budget = "per_group",
@@ -73,11 +75,13 @@ class Structure:
         schedule: ScheduleName = "constant",
         start_keep: float | None = None,
         schedule_steps: int = 0,
+        explore: float = 0.1,
+        explore_steps: int = 0,
         seed: int = 0,
     ):
-        kinds = {"estimator": estimator, "sampler": sampler, "budget": budget, "schedule": schedule}
-        require_arguments(keep, alpha, lr, paired_batches, min_units, width_steps, **kinds)
-        self._budgets = group_budgets(
+        kinds = {"estimator": estimator, "control": control, "sampler": sampler, "budget": budget, "schedule": schedule}
+        require_arguments(keep, alpha, lr, paired_batches, min_units, width_steps, explore, **kinds)
+        budgets = group_budgets(
             groups,
             keep,
             per_group_keep,
@@ -88,22 +92,24 @@ class Structure:
             width_steps=width_steps or {},
         )
 
-        self.names, self.step = tuple(self._budgets), 0
+        self._pool = Pool(budgets, sampler, budget)
+        self.names, self.step = self._pool.names, 0
         self.estimator: Estimator = estimator
+        self.control: Control = control
         self.sampler: Sampler = sampler
         self.budget: Budget = budget
         self.alpha, self.min_units = alpha, min_units
         self.paired_batches = paired_batches
+        self._explore, self._explore_steps = explore, explore_steps
         self._generator = torch.Generator("cpu").manual_seed(seed)
 
-        units = sum(group.units for group in self._budgets.values())
-        self._flat = torch.empty(units, dtype=torch.float32, device="cpu")
-        self.s = self._by_name(self._flat)
+        self._flat = torch.empty(units := self._pool.units, dtype=torch.float32, device="cpu")
+        self.s = self._pool.by_name(self._flat)
         for name, s in self.s.items():
-            s.fill_(self._allowance(name) / s.numel())
+            s.fill_(self._pool.allowance(name, 0) / s.numel())
         self._scores = torch.zeros_like(self._flat)
-        self._explore = 0.0  # 0: no scores were given
-        self._drawn, self.coverage = Drawn(units), Coverage(units)
+        self._outside = 0.0  # the share of a subnet's units outside the best by scores; 0: there are no scores
+        self._drawn, self.coverage, self._credit = Drawn(units), Coverage(units), Credit(units)
         self._adam = torch.optim.Adam([self._flat], lr=lr)
         # Made here and not by the first step, so that state_dict always has the same keys.
         self._moments: dict[str, Tensor] = {
@@ -126,17 +132,26 @@ class Structure:
     @property
     def constant_widths(self) -> bool:
         """Whether every draw, from this step on, keeps the same number of units of each group."""
-        settled = all(self.step >= group.schedule.steps for group in self._budgets.values())
-        return not self.names or (self.sampler == "fixed" and self.budget == "per_group" and settled)
+        return self._pool.constant_widths(self.step)
+
+    @property
+    def compares(self) -> bool:
+        """Whether s is learned from the losses of two subnetworks."""
+        return self.estimator != "credit"
+
+    @property
+    def uses_credit(self) -> bool:
+        """Whether `update` wants what the backward passes say."""
+        return bool(self.names) and (self.control == "linear" or not self.compares)
 
     def set_step(self, step: int) -> None:
         """Moves the schedule to optimizer step `step`; if that changes a budget, s is made to fit it, by projection.
 
         After `start_from`, from the scores anew: a projection would leave all units alike that were nearly certain.
         """
-        before = [self._allowance(name) for name in self.names]
+        before = list(self._pool.parts(self.step))
         self.step = step
-        if [self._allowance(name) for name in self.names] != before:
+        if list(self._pool.parts(step)) != before:
             self._fit()
 
     def start_from(self, scores: Mapping[str, Tensor], explore: float) -> None:
@@ -147,7 +162,7 @@ class Structure:
         """
         require(0 < explore < 1, "explore", explore, "be in (0, 1)")
         self._scores = torch.cat([scores[name].float() for name in self.names])
-        self._explore = explore
+        self._outside = explore
         self._fit()
 
     def pair(self) -> tuple[Kept, ...]:
@@ -160,38 +175,69 @@ class Structure:
         self._drawn.step()
         return tuple(self._fill(AHEAD))
 
-    def update(self, d: float) -> None:
-        """Moves s down the gradient that the last pair estimates, and back into its budget.
+    def update(
+        self,
+        d: float | None = None,
+        kept: Mapping[str, Tensor] | None = None,
+        credit: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """What a round has shown moves s, which stays in its budget.
 
-        d: L(m) - L(m′), mean over the paired batches and all ranks. Raises UserError if it is not finite (s
-        is as before) and RuntimeError if no pair was drawn.
+        d: L(m) - L(m′) of the last pair, mean over the paired batches and all ranks. kept: the units that were
+        trained, by group. credit: group → (2, kept units), the means over batches of c and c² (credit.py); both are
+        wanted where `uses_credit`. Raises UserError if a number is not finite and RuntimeError if no pair was drawn.
         """
-        if not math.isfinite(d):
+        if d is not None and not math.isfinite(d):
             raise UserError(f"loss difference of the paired subnetworks ({d}) must be finite")
         if not self.names:
             return
+        if d is not None and self.compares:
+            self._descend(d)
+        if credit is not None and kept is not None:
+            self._see(kept, credit)
+        if not self.compares and bool(self._credit.seen.any()):
+            left = 1 - self.step / self._explore_steps if self._explore_steps else 1.0
+            self._outside = self._explore * max(1e-6, left)
+            self._scores = self._credit.scores(self._pool.sizes, self._outside)
+            self._fit()
+
+    def _descend(self, d: float) -> None:
+        """One step of Adam down the gradient that the last pair estimates."""
         if self._drawn.count < 2:
             raise RuntimeError("update() needs the masks of a pair(): draw one first")
         (s, m), (s2, m2), *_ = self._drawn
-        self._flat.grad = ESTIMATORS[self.estimator](s, m, s2, m2, d, self.alpha)
+        estimate = ESTIMATORS[self.estimator]
+        if self.estimator == "disarm" and not self._drawn.twin[1]:
+            estimate = rloo  # the second of twins and the first of the next two: drawn independently
+        if self.control == "linear":
+            known, difference = self._credit.known(self._pool.sizes), m.float() - m2.float()
+            c = self._pool.centred((self._credit.worth @ known.double()).float(), s)
+            gradient = estimate(s, m, s2, m2, d - float(c @ difference), self.alpha)
+            self._flat.grad = gradient + known_mean(estimate, s, s2, c, self.alpha)
+            self._credit.compare(difference, known, d)  # last: it must not know this pair
+        else:
+            self._flat.grad = estimate(s, m, s2, m2, d, self.alpha)
         self._adam.step()
-        self._project()
+        self._pool.project(self._flat, self.step)
+
+    def _see(self, kept: Mapping[str, Tensor], credit: Mapping[str, Tensor]) -> None:
+        features = torch.cat([credit[name].float() for name in self.names], 1)
+        if not bool(features.isfinite().all()):
+            raise UserError("the credit of a unit, from the gradients of a round, must be finite")
+        self._credit.see(self._pool.mask(kept), features)
 
     def trained(self, kept: Mapping[str, Tensor], steps: int, now: int) -> None:
         """The kept units, by group, have been trained for `steps` more, until step `now` of the run."""
-        mask = torch.zeros_like(self._flat, dtype=torch.bool)
-        for name, part in self._by_name(mask).items():
-            part[kept[name]] = True
-        self.coverage.add(mask, steps, now)
+        self.coverage.add(self._pool.mask(kept), steps, now)
 
     def portrait(self, now: int) -> dict[str, dict[str, Any]]:
         """Name of each sampled group → s and coverage of its units at step `now`, for a log (coverage.py)."""
-        steps, last = self._by_name(self.coverage.steps), self._by_name(self.coverage.last)
+        steps, last = self._pool.by_name(self.coverage.steps), self._pool.by_name(self.coverage.last)
         return {name: portrait(s, steps[name], last[name], now) for name, s in self.s.items()}
 
     def draw(self) -> Kept:
         """One more sample. It replaces none that is remembered, but moves the generator on."""
-        return self._kept(self._draw())
+        return self._pool.kept(self._pool.draw(self._flat, self.step, self._generator))
 
     def top(self) -> Kept:
         """The units of largest s, as many as the keep ratios of this step allow.
@@ -199,14 +245,7 @@ class Structure:
         per_group: the width of each group. global: round(sum of keep * units) of all, but `min_units` of each group at
         least. How equal s are ranked: ranking.py.
         """
-        if not self.names:
-            return {}
-        if self.budget == "per_group":
-            masks = {name: largest(s, self._width(name)) for name, s in self.s.items()}
-        else:
-            least = {name: group.least for name, group in self._budgets.items()}
-            masks = largest_of_all(self.s, least, round(self._total()))
-        return self._kept(torch.cat(list(masks.values())))
+        return self._pool.top(self._flat, self.step)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of all that changes, as plain tensors: `load_state_dict` continues from them bit for bit."""
@@ -214,11 +253,12 @@ class Structure:
             "s": self._flat.clone(),
             **{f"adam.{key}": value.clone() for key, value in self._moments.items()},
             "scores": self._scores.clone(),
-            "explore": torch.tensor(self._explore, dtype=torch.float64, device="cpu"),
+            "outside": torch.tensor(self._outside, dtype=torch.float64, device="cpu"),
             "step": torch.tensor(self.step, device="cpu"),
             **{f"drawn.{key}": value for key, value in self._drawn.state_dict().items()},
             **{f"coverage.{key}": value for key, value in self.coverage.state_dict().items()},
-            "units": torch.tensor([len(s) for s in self.s.values()], dtype=torch.long, device="cpu"),  # of each group
+            **{f"credit.{key}": value for key, value in self._credit.state_dict().items()},
+            "units": torch.tensor(self._pool.sizes, dtype=torch.long, device="cpu"),  # of each group
             "generator": self._generator.get_state(),  # uint8
         }
 
@@ -235,66 +275,25 @@ class Structure:
         self._flat.copy_(state["s"])
         for key, value in self._moments.items():
             value.copy_(state[f"adam.{key}"])
-        self._scores, self._explore = state["scores"].clone(), float(state["explore"])
+        self._scores, self._outside = state["scores"].clone(), float(state["outside"])
         self.step = int(state["step"])
-        self._drawn.load_state_dict({key: state[f"drawn.{key}"] for key in self._drawn.state_dict()})
-        self.coverage.load_state_dict({key: state[f"coverage.{key}"] for key in self.coverage.state_dict()})
+        for kind, part in (("drawn", self._drawn), ("coverage", self.coverage), ("credit", self._credit)):
+            part.load_state_dict({key: state[f"{kind}.{key}"] for key in part.state_dict()})
         self._generator.set_state(state["generator"])
-
-    def _allowance(self, name: str) -> float:
-        """The largest sum of s in this group, at this step."""
-        return self._budgets[name].allowance(self.step)
-
-    def _total(self) -> float:
-        """The largest sum of s over all sampled units, at this step."""
-        return sum(map(self._allowance, self.names))
-
-    def _width(self, name: str) -> int:
-        """Units of this group that the fixed sampler keeps."""
-        if self.budget == "global":
-            return max(self._budgets[name].least, round(float(self.s[name].double().sum())))
-        return self._budgets[name].width(self.step)
 
     def _fit(self) -> None:
         """s from the scores, if there are any, and in any case within the budget."""
-        for units, budget in self._parts() if self._explore else ():
-            self._flat[units] = polarised(self._scores[units], budget, self._explore)
-        self._project()
-
-    def _project(self) -> None:
-        for units, budget in self._parts():
-            self._flat[units] = project(self._flat[units], budget)
-
-    def _parts(self) -> Iterator[tuple[slice, float]]:
-        """Units that share a budget, as places in the flat vector, and the largest sum of s there."""
-        if self.budget == "global":
-            yield slice(None), self._total()
-            return
-        start = 0
-        for name, s in self.s.items():
-            yield slice(start, start + len(s)), self._allowance(name)
-            start += len(s)
+        for units, budget in self._pool.parts(self.step) if self._outside else ():
+            self._flat[units] = polarised(self._scores[units], budget, self._outside)
+        self._pool.project(self._flat, self.step)
 
     def _fill(self, count: int) -> list[Kept]:
         """Draws until so many masks are remembered."""
         while self._drawn.count < count:
-            self._drawn.push(self._draw(), self._flat)
-        return [self._kept(mask) for _, mask in self._drawn]
-
-    def _draw(self) -> Tensor:  # (n,) bool
-        mask = torch.zeros_like(self._flat, dtype=torch.bool)
-        for name, part in self._by_name(mask).items():
-            s = self.s[name]
-            if self.sampler == "fixed":
-                part.copy_(fixed(s, self._width(name), self._generator))
+            if self.estimator == "disarm":
+                one, other = self._pool.twins(self._flat, self.step, self._generator)
+                self._drawn.push(one, self._flat)
+                self._drawn.push(other, self._flat, twin=True)
             else:
-                part.copy_(bernoulli(s, self._budgets[name].least, self._generator))
-        return mask
-
-    def _by_name(self, flat: Tensor) -> dict[str, Tensor]:  # views of (n,)
-        if not self.names:
-            return {}
-        return dict(zip(self.names, flat.split([group.units for group in self._budgets.values()]), strict=True))
-
-    def _kept(self, mask: Tensor) -> Kept:
-        return {name: part.nonzero().flatten() for name, part in self._by_name(mask).items()}
+                self._drawn.push(self._pool.draw(self._flat, self.step, self._generator), self._flat)
+        return [self._pool.kept(mask) for _, mask in self._drawn][:count]

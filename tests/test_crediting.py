@@ -1,0 +1,131 @@
+"""What backward passes say of each unit: against finite differences, and as a run gathers and uses it."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from offload_trainer import Offloader
+from offload_trainer.device.crediting import Crediting
+from offload_trainer.groups import find_groups
+from offload_trainer.groups.readers import find_readers, read_slots
+from offload_trainer.structure import Structure
+from tests import models
+from tests.test_offloader import data, network, offloader, run
+
+
+def smooth(module: nn.Module, inputs: Any) -> Tensor:
+    """A loss without kinks, of whatever a model returns."""
+    out = module(**inputs) if isinstance(inputs, dict) else module(*inputs)
+    return (out.logits if hasattr(out, "logits") else out).double().mul(3).sin().mean()
+
+
+def vision() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [models.conv(3, 10), nn.SiLU(), models.conv(10, 12), nn.Flatten(), nn.Linear(12 * 16 * 16, 8), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Linear(8, 5))
+
+
+def embedded() -> nn.Module:
+    """The first group is read by nothing but a norm: its gate is on all its slots."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 9), nn.SiLU(), nn.Linear(9, 7), nn.SiLU(), nn.Linear(7, 4))
+
+
+CASES = {
+    "convolutions": (vision, lambda: models.images()),
+    "linear": (embedded, lambda: (torch.randn(5, 6, generator=torch.Generator().manual_seed(1)),)),
+    "llama": (lambda: models.llm("llama", device="cpu"), models.tokens),
+    "gpt2, fused heads": (lambda: models.llm("gpt2", device="cpu"), models.tokens),
+    "phi3, fused projections": (lambda: models.llm("phi3", device="cpu", pad_token_id=0), models.tokens),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_credit_is_the_derivative_for_a_gate_on_what_reads_a_unit(case: str) -> None:
+    torch.manual_seed(3)
+    model, inputs = CASES[case][0](), CASES[case][1]()
+    model = model.double().eval()
+    if not isinstance(inputs, dict):
+        inputs = tuple(x.double() for x in inputs)
+    groups = find_groups(model, inputs)
+    structure = Structure(groups, keep=0.5, control="linear", seed=2)
+    readers = find_readers(model, groups)
+    crediting = Crediting(model, groups, structure.names)
+    arguments: dict[str, Any] = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.1), "sync_every": 5}
+    with Offloader(model, groups, smooth, structure=structure, accelerator=Accelerator(cpu=True), **arguments) as o:
+        o.begin_round()
+        plan, subnet = o.plan, o._bench.subnet
+        o.subnet.eval()
+        smooth(o.subnet, inputs).backward()
+        crediting.add(subnet)
+        found = crediting.take(plan)
+        assert found is not None and list(found) == list(structure.names)
+        assert crediting.take(plan) is None
+        for name in structure.names:
+            slots = {slot for _, slot in read_slots(readers, groups, name)}
+            for unit in range(len(plan[name])):
+                change = [_loss_scaled(o.subnet, groups, plan, name, slots, unit, 1 + e, inputs) for e in (1e-4, -1e-4)]
+                derivative = (change[0] - change[1]) / 2e-4
+                assert float(found[name][0, unit]) == pytest.approx(derivative, rel=0.02, abs=1e-6), (
+                    name,
+                    unit,
+                )  # norms compute in float32
+            torch.testing.assert_close(found[name][1], found[name][0].square())
+
+
+def _loss_scaled(module: nn.Module, groups, plan, name: str, slots, unit: int, factor: float, inputs: Any) -> float:
+    """The loss with the weights that read the unit (its place in the plan) times a factor."""
+    scaled = copy.deepcopy(module)
+    tensors = dict(scaled.named_parameters())
+    for slot in slots or groups.slots(name):
+        if slot.tensor in tensors:
+            first = slot.offset + int(plan[name][unit]) * slot.block
+            index = plan.index(slot.tensor, slot.axis)
+            assert index is not None
+            places = ((index >= first) & (index < first + slot.block)).nonzero().flatten()
+            weight = tensors[slot.tensor].data
+            weight.index_copy_(slot.axis, places, weight.index_select(slot.axis, places) * factor)
+    with torch.no_grad():
+        return float(smooth(scaled, inputs))
+
+
+def test_means_over_the_last_batches_of_a_round_reach_the_structure() -> None:
+    trainer = offloader(network(), control="linear", paired_batches=3)
+    own, seen = Crediting(network(), trainer.groups, trainer.structure.names), []
+    with trainer:
+        for i, batch in enumerate(data(14)):
+            trainer.accelerator.backward(trainer.loss(batch))
+            if i % 7 >= 4:
+                own.add(trainer._bench.subnet)
+            if i % 7 == 6:
+                seen.append((trainer.plan, own.take(trainer.plan)))
+            trainer.step()
+    (first, found), _ = seen
+    assert found is not None
+    structure = offloader(network(), control="linear", paired_batches=3).structure
+    structure.follow()
+    structure.update(None, first, found)
+    state, whole = structure.state_dict(), trainer.structure.state_dict()
+    once = state["credit.seen"] & ~torch.cat([_mask(seen[1][0][n], len(s)) for n, s in structure.s.items()])
+    assert torch.equal(whole["credit.features"][:, once], state["credit.features"][:, once]) and bool(once.any())
+
+
+def _mask(kept: Tensor, units: int) -> Tensor:
+    return torch.zeros(units, dtype=torch.bool).index_fill(0, kept, True)
+
+
+def test_credit_needs_no_second_subnet() -> None:
+    kept = {}
+    for estimator in ("rloo", "credit"):
+        with offloader(network(), estimator=estimator, reference="fresh") as trainer:
+            run(trainer, data(3))
+            kept[estimator] = trainer._bench.nbytes
+            assert (trainer._bench._reference is None) == (estimator == "credit")
+            run(trainer, data(18))
+            assert trainer.report.difference is None or estimator == "rloo"
+            assert float(trainer.structure.flat.std()) > 0
+    assert kept["credit"] < kept["rloo"]
