@@ -35,7 +35,6 @@ CASES: dict[str, dict[str, Any]] = {
     "vr_pge": {"estimator": "vr_pge", "lr": 0.1},
     "disarm": {"estimator": "disarm", "lr": 0.1},
     "control": {"control": "linear", "lr": 0.1},
-    "disarm, control, fresh": {"estimator": "disarm", "control": "linear", "reference": "fresh"},
     "credit": {"estimator": "credit", "explore": 0.4},
     "every step": {"sync_every": 1, "paired_batches": 1},
     "unpaired": {"lr": 0.0},
