@@ -116,7 +116,7 @@ class Offloader:
         ranks.average_gradients(self.accelerator, subnet.parameters)
         late = running.steps >= self.sync_every - self.structure.paired_batches
         if late and not self.agenda.settled:  # what has just come in has been trained by then
-            self._crediting.add(subnet)
+            self._crediting.add(subnet.plan, subnet.parameters)
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(subnet.parameters.values()), self.clip_norm)
         subnet.optimizer.step()

@@ -61,7 +61,7 @@ def test_credit_is_the_derivative_for_a_gate_on_what_reads_a_unit(case: str) -> 
         plan, subnet = o.plan, o._bench.subnet
         o.subnet.eval()
         smooth(o.subnet, inputs).backward()
-        crediting.add(subnet)
+        crediting.add(plan, subnet.parameters)
         found = crediting.take(plan)
         assert found is not None and list(found) == list(structure.names)
         assert crediting.take(plan) is None
@@ -100,7 +100,7 @@ def test_means_over_the_last_batches_of_a_round_reach_the_structure() -> None:
         for i, batch in enumerate(data(14)):
             trainer.accelerator.backward(trainer.loss(batch))
             if i % 7 >= 4:
-                own.add(trainer._bench.subnet)
+                own.add(trainer.plan, trainer._bench.subnet.parameters)
             if i % 7 == 6:
                 seen.append((trainer.plan, own.take(trainer.plan)))
             trainer.step()

@@ -1,12 +1,13 @@
 """The paper's tables, figure and claims, measured here.
 
-    python tools/reproduce.py table5|figure4|interval|cost|wide [--json FILE] [--picture FILE.svg] [--quick] [--key …]
+    python tools/reproduce.py NAME [--json FILE] [--picture FILE.svg] [--quick] [--key …]
 
 table5: VGG-19 on CIFAR-10 at the sizes of the paper's Table 5: accuracy, minutes of both passes, speed-up.
 figure4: E L², V(s) and V_max(s) through the training of ResNet-32 (Figure 4, and the properties it shows).
 interval: final quality when the subnetwork is resampled every 1, 10, 50, 200 steps (the claim of Section D).
 cost: train cost of dense training, GrowEfficient, the paper's method and this one (Section C.1), counted and timed.
 wide: a master 16 times as wide as the subnetwork that fits (channel ratios far below the paper's).
+variance: noise of the estimators of the gradient of s, for the same two forward passes.
 
 Records and picture go to tools/results/, and those of other sizes and devices stay. Every training run has a folder of
 its own in `--out`; one that is complete is not repeated, an interrupted one goes on. `NAME --help` lists the sizes;

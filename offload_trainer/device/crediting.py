@@ -1,11 +1,10 @@
 """How the loss reacts to each unit of the trained subnet, read off the gradients that its backward passes left."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from offload_trainer.device.subnet import TrainedSubnet
 from offload_trainer.groups.plan import Groups, Plan, Slot
 from offload_trainer.groups.readers import find_readers, read_slots
 
@@ -28,11 +27,11 @@ class Crediting:
         self._batches = 0
 
     @torch.no_grad()
-    def add(self, subnet: TrainedSubnet) -> None:
-        """The gradients of one batch, which the subnet's parameters hold. Nothing waits for the device."""
+    def add(self, plan: Plan, parameters: Mapping[str, nn.Parameter]) -> None:
+        """The gradients of one batch, which the parameters of a plan's subnet hold. Nothing waits for the device."""
         if not self._slots:
             return
-        c = torch.cat([self._of(subnet, name) for name in self._slots])  # (kept units of all groups,)
+        c = torch.cat([self._of(plan, parameters, name) for name in self._slots])  # (kept units of all groups,)
         features = torch.stack([c, c.square()])
         self._sums = features if self._sums is None else self._sums + features
         self._batches += 1
@@ -46,17 +45,17 @@ class Crediting:
         sizes = [len(plan[name]) for name in self._slots]
         return dict(zip(self._slots, means.split(sizes, 1), strict=True))
 
-    def _of(self, subnet: TrainedSubnet, name: str) -> Tensor:  # (kept units,) float32
-        kept = len(subnet.plan[name])
-        total = torch.zeros(kept, device=next(iter(subnet.parameters.values())).device)
+    def _of(self, plan: Plan, parameters: Mapping[str, nn.Parameter], name: str) -> Tensor:  # (kept units,) float32
+        kept = len(plan[name])
+        total = torch.zeros(kept, device=next(iter(parameters.values())).device)
         for slot in self._slots[name]:
-            parameter = subnet.parameters[slot.tensor]
+            parameter = parameters[slot.tensor]
             if parameter.grad is None:
                 continue
             others = [axis for axis in range(parameter.ndim) if axis != slot.axis]
             products = parameter * parameter.grad
             elements = products.sum(others, dtype=torch.float32) if others else products.float()
-            index = subnet.plan.index(slot.tensor, slot.axis)
+            index = plan.index(slot.tensor, slot.axis)
             first = slot.offset if index is None else int(torch.searchsorted(index, slot.offset))
             total += elements.narrow(0, first, kept * slot.block).view(kept, slot.block).sum(1)
         return total

@@ -16,8 +16,10 @@ from torch import Tensor
 
 MEMORY = 0.7
 """Share of what was known of a unit that stays when it is seen again."""
-FORGET = 0.98
+FORGET = 0.99
 """Share of what earlier pairs said that stays with each pair: weights change, and what c is worth with them."""
+DOUBT, ENOUGH = 2, 10
+"""As if so many pairs had shown a d of 0; and the pairs before which features are worth nothing."""
 FEATURES = 2
 
 
@@ -29,6 +31,7 @@ class Credit:
         self.seen = torch.zeros(units, dtype=torch.bool, device="cpu")
         self._gram = torch.zeros(FEATURES, FEATURES, dtype=torch.float64, device="cpu")
         self._moment = torch.zeros(FEATURES, dtype=torch.float64, device="cpu")
+        self._pairs = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def see(self, mask: Tensor, features: Tensor) -> None:
         """mask: the trained units, (n,) bool. features: means of c and c² over a round's batches, (2, kept)."""
@@ -46,16 +49,19 @@ class Credit:
 
     @property
     def worth(self) -> Tensor:
-        """(2,): least squares of the loss differences of pairs on what the features said of them; 0 before any."""
+        """(2,): ridge regression of the d of pairs on what the features said of them; 0 before there are enough."""
+        if self._pairs < ENOUGH:
+            return torch.zeros_like(self._moment)
         scale = self._gram.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()
-        gram = self._gram / scale[:, None] / scale + 1e-3 * torch.eye(FEATURES, dtype=torch.float64, device="cpu")
-        return torch.linalg.solve(gram, self._moment / scale) / scale
+        doubt = DOUBT / self._pairs * torch.eye(FEATURES, dtype=torch.float64, device="cpu")
+        return torch.linalg.solve(self._gram / scale[:, None] / scale + doubt, self._moment / scale) / scale
 
     def compare(self, difference: Tensor, known: Tensor, d: float) -> None:
         """A pair has shown d = L(m) − L(m′). difference: m − m′, (n,). known: features then, (2, n)."""
         said = known.double() @ difference.double()
         self._gram = FORGET * self._gram + said[:, None] * said
         self._moment = FORGET * self._moment + said * d
+        self._pairs = FORGET * self._pairs + 1
 
     def scores(self, sizes: Sequence[int], unknown: float) -> Tensor:
         """(n,), not negative: mean c². One that was never seen scores like the given quantile of those seen in its
@@ -68,9 +74,10 @@ class Credit:
         return scores
 
     def state_dict(self) -> dict[str, Tensor]:
-        named = {"features": self.features, "seen": self.seen, "gram": self._gram, "moment": self._moment}
+        named = {"features": self.features, "seen": self.seen}
+        named |= {"gram": self._gram, "moment": self._moment, "pairs": self._pairs}
         return {name: tensor.clone() for name, tensor in named.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.features, self.seen = state["features"].clone(), state["seen"].clone()
-        self._gram, self._moment = state["gram"].clone(), state["moment"].clone()
+        self._gram, self._moment, self._pairs = (state[name].clone() for name in ("gram", "moment", "pairs"))

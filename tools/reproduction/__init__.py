@@ -2,7 +2,7 @@
 
 from types import ModuleType
 
-from reproduction import cost, figure4, interval, table5, wide
+from reproduction import cost, figure4, interval, table5, variance, wide
 
 PARTS: dict[str, ModuleType] = {
     "table5": table5,
@@ -10,6 +10,7 @@ PARTS: dict[str, ModuleType] = {
     "interval": interval,
     "cost": cost,
     "wide": wide,
+    "variance": variance,
 }
 """Each has `add_arguments`, `measure`, `draw`, `rows`; and its quick size: `QUICK`, other defaults of its arguments,
 and `QUICK_KEYS`, keys of the config of its runs."""
