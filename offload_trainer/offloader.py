@@ -85,7 +85,8 @@ class Offloader:
         self.mover = choose_mover(transfer, transfer_threads(self.device, overlap=overlap))
         ways = {"sampled": sampled, "carry": carry, "compile": compile, "overlap": overlap}
         self._bench = Workbench(self._master, self.device, optimizer, layout, mover=self.mover, **ways)
-        self._crediting = Crediting(model, groups, structure.names if structure.uses_credit else ())
+        wanted, magnitude = structure.names if structure.uses_credit else (), structure.estimator == "magnitude"
+        self._crediting = Crediting(model, groups, wanted, magnitude=magnitude)
         self.transfers = Transfers()
         self._boundary: Boundary | None = self._make_boundary()
 

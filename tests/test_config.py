@@ -156,7 +156,11 @@ def test_config_is_frozen():
         ("structure.alpha", "1", "structure.alpha (1) must be in [0.5, 1)"),
         ("structure.groups", '{"*mlp*": 2}', "structure.groups.*mlp* (2) must be in (0, 1] or null"),
         ("structure.groups", "{}", "structure.groups ({}) must have a pattern, or nothing would be sampled"),
-        ("structure.estimator", "foo", "structure.estimator (foo) must be one of rloo, vr_pge, disarm, credit"),
+        (
+            "structure.estimator",
+            "foo",
+            "structure.estimator (foo) must be one of rloo, vr_pge, disarm, credit, magnitude",
+        ),
         ("structure.rules", '{"a": ["w"]}', "structure.rules.a.0 (w) must be text like tensor:axis[:block[:offset]]"),
         ("steps", "0", "steps (0) must be a whole number > 0"),
         ("steps", "many", "steps (many) must be a whole number > 0"),

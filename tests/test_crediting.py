@@ -129,3 +129,15 @@ def test_credit_needs_no_second_subnet() -> None:
             assert trainer.report.difference is None or estimator == "rloo"
             assert float(trainer.structure.flat.std()) > 0
     assert kept["credit"] < kept["rloo"]
+
+
+def test_magnitude_is_the_size_of_what_reads_a_unit() -> None:
+    with offloader(network(), estimator="magnitude", paired_batches=2) as trainer:
+        run(trainer, data(6))
+        trainer.accelerator.backward(trainer.loss(data(1)[0]))
+        plan, linear = trainer.plan, {n: p.detach().clone() for n, p in trainer.subnet.named_parameters()}["10.weight"]
+        trainer._crediting.take(plan)
+        trainer._crediting.add(plan, trainer._bench.subnet.parameters)
+        found = trainer._crediting.take(plan)
+        assert found is not None
+    torch.testing.assert_close(found["8"][0], linear.square().sum(0))

@@ -20,7 +20,19 @@ def tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     monkeypatch.syspath_prepend(ROOT / "tools")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "Offloader", train.Offloader)  # what a timed run puts in its place is taken back
-    names = ("cost", "figure4", "interval", "runs", "table5", "timed", "wide")
+    names = (
+        "contest",
+        "cost",
+        "figure4",
+        "frontier",
+        "interval",
+        "recipe",
+        "runs",
+        "table5",
+        "timed",
+        "variance",
+        "wide",
+    )
     found = {name: importlib.import_module(f"reproduction.{name}") for name in names}
     tools = SimpleNamespace(**found, reproduce=importlib.import_module("reproduce"), launched=[])
 
@@ -176,6 +188,41 @@ def test_wide(tools: SimpleNamespace) -> None:
     assert ours["details"]["master_parameters"] > 10 * small["details"]["parameters"]
     assert ours["details"]["parameters"] < 2 * small["details"]["parameters"]
     assert ours["details"]["device_bytes"] > 0 and ours["details"]["host_bytes"] > 0
+
+
+def test_variance(tools: SimpleNamespace) -> None:
+    found = records(tools, "variance", "--tasks", "text", "--pairs", "12")
+    by_kind = {kind: {} for kind in tools.variance.KINDS}
+    for record in found:
+        d = record["details"]
+        by_kind[d["kind"]][d["estimator"]] = record
+        assert record["ratio"] == pytest.approx(record["value"] / d["against_value"])
+    for kind, of in by_kind.items():
+        assert list(of) == tools.variance.NAMES, kind
+        assert of["vr_pge"]["ratio"] == 1 and 0.2 < of["rloo"]["ratio"] < 0.9
+
+
+def test_frontier(tools: SimpleNamespace) -> None:
+    dense, ours, grown = records(tools, "frontier", "--tasks", "text")
+    for record, name, times in ((dense, "dense ×1", 1), (ours, "ours ×2", 2), (grown, "grown", 4)):
+        d = record["details"]
+        assert (d["contender"], d["times"]) == (name, times)
+        assert d["parameters"] == dense["details"]["parameters"] and d["device_bytes"] > 0 and d["curve"]
+        assert record["ratio"] == pytest.approx(record["value"] / dense["value"])
+        assert d["time"] == pytest.approx(d["seconds"] / dense["details"]["seconds"])
+    assert grown["details"]["master_parameters"] > ours["details"]["master_parameters"] > dense["details"]["parameters"]
+    other = [r | {"value": r["value"] + 0.1, "details": r["details"] | {"seed": 1}} for r in (dense, ours)]
+    of_ours = [line for line in tools.frontier.rows([dense, ours, *other]) if "ours" in line]
+    assert len(of_ours) == 1 and of_ours[0].endswith("| 2 |") and "±" in of_ours[0]
+
+
+def test_recipe_changes_one_thing_at_a_time(tools: SimpleNamespace) -> None:
+    dense, base, credit = records(tools, "recipe", "--tasks", "image")
+    assert [r["details"]["contender"] for r in (dense, base, credit)] == ["dense ×1", "base: explore 0.1", "credit"]
+    asked = [json.loads((Path("runs/recipe/image") / f"{name}-seed-0" / "asked.json").read_text())["arguments"]
+             for name in ("base-explore-0.1", "credit")]  # fmt: skip
+    assert asked[1] == [*asked[0], "--structure.estimator", "credit"]
+    assert base["details"]["master_parameters"] > 4 * base["details"]["parameters"]
 
 
 def test_keys_of_the_structure_are_for_sparse_runs_alone(tools: SimpleNamespace) -> None:

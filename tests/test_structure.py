@@ -167,6 +167,15 @@ def test_a_resumed_structure_follows_the_masks_it_had():
     assert_same([*one.s.values()], [*other.s.values()])
 
 
+@pytest.mark.parametrize("budget", ["per_group", "global"])
+def test_nothing_sampled_is_no_special_case(budget: Any):
+    structure = Structure(GROUPS, keep=1.0, budget=budget)
+    assert structure.names == () and structure.constant_widths and structure.keep == 1
+    assert structure.top() == {} and structure.draw() == {} and structure.pair() == ({}, {})
+    structure.set_step(5)
+    structure.update(0.3, {}, {})
+
+
 def test_update_uses_the_last_pair_and_not_a_later_draw():
     one, other = Structure(GROUPS), Structure(GROUPS)
     one.pair()

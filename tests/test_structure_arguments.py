@@ -29,7 +29,7 @@ GROUPS = [
         ({"paired_batches": 0}, "structure.paired_batches (0) must be at least 1"),
         ({"min_units": 0}, "structure.min_units (0) must be at least 1"),
         ({"min_units": 5}, "structure.min_units (5) must be at most 4, the units of layers.0.heads"),
-        ({"estimator": "arm"}, "structure.estimator (arm) must be one of rloo, vr_pge, disarm, credit"),
+        ({"estimator": "arm"}, "structure.estimator (arm) must be one of rloo, vr_pge, disarm, credit, magnitude"),
         ({"sampler": "topk"}, "structure.sampler (topk) must be one of fixed, bernoulli"),
         ({"budget": "layer"}, "structure.budget (layer) must be one of per_group, global"),
         ({"schedule": "linear"}, "structure.schedule (linear) must be one of constant, cubic"),

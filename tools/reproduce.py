@@ -8,6 +8,8 @@ interval: final quality when the subnetwork is resampled every 1, 10, 50, 200 st
 cost: train cost of dense training, GrowEfficient, the paper's method and this one (Section C.1), counted and timed.
 wide: a master 16 times as wide as the subnetwork that fits (channel ratios far below the paper's).
 variance: noise of the estimators of the gradient of s, for the same two forward passes.
+frontier: loss against device memory and time, beside small dense networks (also: `python tools/frontier.py`).
+recipe: what each choice of how s and the weights are trained is worth, one change at a time.
 
 Records and picture go to tools/results/, and those of other sizes and devices stay. Every training run has a folder of
 its own in `--out`; one that is complete is not repeated, an interrupted one goes on. `NAME --help` lists the sizes;

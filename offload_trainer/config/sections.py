@@ -27,10 +27,10 @@ class StructureConfig(Section):
     """Groups written by hand, group name to its slots; null: found by tracing the model."""
     pin_unknown: bool = False
     """Leave unsliced what an op without a tracing rule touches, instead of stopping at it."""
-    estimator: Literal["rloo", "vr_pge", "disarm", "credit"] = "rloo"
+    estimator: Literal["rloo", "vr_pge", "disarm", "credit", "magnitude"] = "rloo"
     """Gradient of the probabilities s, from the losses of two subnets (rloo has half the variance of the paper's
     vr_pge; disarm compares subnets as different as can be). credit: no second subnet; s follows what the backward
-    passes say of each unit, which is cheap and biased."""
+    passes say of each unit, which is cheap and biased; magnitude: s follows the size of the weights that read it."""
     control: Literal["none", "linear"] = "none"
     """linear: less variance, without bias: what the backward passes predict of the two losses is taken out."""
     alpha: Annotated[float, Field(ge=0.5, lt=1)] = 0.5
@@ -47,8 +47,8 @@ class StructureConfig(Section):
     """s at the start: uniform: the keep ratio everywhere; importance: by how much each unit of the (pretrained) model
     contributes on calibration batches; random: as importance, with the units in random order."""
     explore: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """For a start that is not uniform, and for estimator credit: expected share of a subnet's units that are not among
-    the most important. With credit it falls to 0 by the time the run settles, where structure.settle is not 0."""
+    """For a start that is not uniform, and for estimators credit and magnitude: expected share of a subnet's units that
+    are not among the most important. With those two it falls to 0 until the run settles, if it does."""
     calibration_batches: Count = 4
     """Training batches on which importance is measured."""
     lr: Annotated[float, Field(ge=0)] = 12e-3

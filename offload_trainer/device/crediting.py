@@ -13,10 +13,11 @@ class Crediting:
     """Sums, over the batches of a round, of c and c², where c is the derivative of the loss for a gate on all that
     reads a unit: Σ w·∂L/∂w over the slots that a layer reads; of a group that none reads, over all its slots.
 
-    names: the groups that are wanted; none, and it does nothing.
+    names: the groups that are wanted; none, and it does nothing. magnitude: c is Σ w² instead.
     """
 
-    def __init__(self, model: nn.Module, groups: Groups, names: Iterable[str]):
+    def __init__(self, model: nn.Module, groups: Groups, names: Iterable[str], *, magnitude: bool = False):
+        self._magnitude = magnitude
         readers, trained = find_readers(model, groups), {n for n, p in model.named_parameters() if p.requires_grad}
         self._slots: dict[str, list[Slot]] = {}
         for name in names:
@@ -50,10 +51,11 @@ class Crediting:
         total = torch.zeros(kept, device=next(iter(parameters.values())).device)
         for slot in self._slots[name]:
             parameter = parameters[slot.tensor]
-            if parameter.grad is None:
+            factor = parameter if self._magnitude else parameter.grad
+            if factor is None:
                 continue
             others = [axis for axis in range(parameter.ndim) if axis != slot.axis]
-            products = parameter * parameter.grad
+            products = parameter * factor
             elements = products.sum(others, dtype=torch.float32) if others else products.float()
             index = plan.index(slot.tensor, slot.axis)
             first = slot.offset if index is None else int(torch.searchsorted(index, slot.offset))

@@ -6,7 +6,9 @@ from typing import Literal, get_args
 
 from offload_trainer.structure.budgets import ScheduleName, require
 
-Estimator = Literal["rloo", "vr_pge", "disarm", "credit"]
+Estimator = Literal["rloo", "vr_pge", "disarm", "credit", "magnitude"]
+SCORES = ("credit", "magnitude")
+"""Estimators that score units and compare no subnetworks."""
 Control = Literal["none", "linear"]
 Sampler = Literal["fixed", "bernoulli"]
 Budget = Literal["per_group", "global"]
@@ -41,7 +43,8 @@ def require_arguments(
     require(0 <= lr < math.inf, "lr", lr, "be finite and not negative")
     require(paired_batches >= 1, "paired_batches", paired_batches, "be at least 1")
     require(0 < explore < 1, "explore", explore, "be in (0, 1)")
-    require(control == "none" or estimator != "credit", "control", control, "be none with estimator credit: no pairs")
+    rule = f"be none with estimator {estimator}, which has no pairs"
+    require(control == "none" or estimator not in SCORES, "control", control, rule)
     require(min_units >= 1, "min_units", min_units, "be at least 1")
     if width_steps and max(width_steps.values()) > 1:
         rule = "be 1 unless sampler is fixed, budget per_group"

@@ -69,7 +69,7 @@ class Pool:
     def top(self, flat: Tensor, step: int) -> Kept:
         """The units of largest s; see `Structure.top`."""
         s = self.by_name(flat)
-        if not self._together:
+        if not self._together or not s:
             masks = {name: largest(part, self._width(name, part, step)) for name, part in s.items()}
         else:
             least = {name: group.least for name, group in self._budgets.items()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from offload_trainer.errors import UserError
-from offload_trainer.structure.arguments import Budget, Control, Estimator, Sampler, require_arguments
+from offload_trainer.structure.arguments import SCORES, Budget, Control, Estimator, Sampler, require_arguments
 from offload_trainer.structure.budgets import GroupLike, ScheduleName, group_budgets, require
 from offload_trainer.structure.coverage import Coverage, portrait
 from offload_trainer.structure.credit import Credit
@@ -32,8 +32,9 @@ class Structure:
         compares twins; where masks follow one another, every second pair is of twins and the others count as "rloo".
         "credit" needs no pairs: s is polarised (starts.py) by how much the loss reacts to each unit, in the backward
         passes of the subnets that had it (credit.py). That is biased: it knows units only as they were trained.
+        "magnitude", a simpler baseline, is the same by the size of the weights that read a unit.
     control: "linear": what credit predicts of d is taken out of it, and the known mean of that added back.
-    explore, explore_steps: for "credit": share of a subnet's units that is expected to lie outside the best, and the
+    explore, explore_steps: for these two: share of a subnet's units that is expected to lie outside the best, and the
         optimizer steps in which that falls to zero, in a straight line; 0: it does not.
     sampler: "fixed" keeps round(sum of s) units of a group, "bernoulli" draws each on its own (samplers.py).
     budget: "per_group": sum(s) <= keep * units in each group. "global": over all sampled units together. With
@@ -137,7 +138,7 @@ class Structure:
     @property
     def compares(self) -> bool:
         """Whether s is learned from the losses of two subnetworks."""
-        return self.estimator != "credit"
+        return self.estimator not in SCORES
 
     @property
     def uses_credit(self) -> bool:

@@ -2,7 +2,7 @@
 
 from types import ModuleType
 
-from reproduction import cost, figure4, interval, table5, variance, wide
+from reproduction import cost, figure4, frontier, interval, recipe, table5, variance, wide
 
 PARTS: dict[str, ModuleType] = {
     "table5": table5,
@@ -11,6 +11,8 @@ PARTS: dict[str, ModuleType] = {
     "cost": cost,
     "wide": wide,
     "variance": variance,
+    "frontier": frontier,
+    "recipe": recipe,
 }
 """Each has `add_arguments`, `measure`, `draw`, `rows`; and its quick size: `QUICK`, other defaults of its arguments,
 and `QUICK_KEYS`, keys of the config of its runs."""

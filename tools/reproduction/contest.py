@@ -1,0 +1,142 @@
+"""Runs that a small dense network and ours are compared in: same steps, batches and data, on text or on images."""
+
+import argparse
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.records import Record, Setting
+
+from reproduction.runs import SHORT, WHOLE, Run, finish
+
+CONFIGS = {"text": "quickstart", "image": "vgg19_cifar10"}
+TIMES = 4
+"""As wide as the subnet is the master, where nothing else is said."""
+QUICK: dict[str, Any] = {"text_steps": 4, "image_steps": 4, "seeds": [0]}
+QUICK_KEYS = ["--task.val_batches", "1"]
+RECIPE: dict[str, list[object]] = {
+    "text": ["--structure.start", "random", "--structure.explore", 0.1, "--structure.settle", 0.5],
+    "image": ["--structure.start", "random", "--structure.explore", 0.1, "--structure.settle", 0.5],
+}
+"""What every sparse run has, unless it says otherwise."""
+SPARSE = {
+    "text": ["--structure.groups", '{"*mlp*": null, "*self_attn*": null}'],
+    "image": ["--structure.sampler", "fixed", "--structure.budget", "per_group", "--structure.result", "top"],
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A run of a contest."""
+
+    name: str
+    times: float
+    """Its master is so many times as wide as the small dense network."""
+    keys: Sequence[object] | None
+    """Of the config, for a sparse one whose subnets are as large as that; None: the network is trained whole."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", default="data/cifar10", help="of the images (default: data/cifar10)")
+    parser.add_argument("--tasks", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--text-steps", type=int, default=20_000, help="of 1,024 bytes (default: 20,000)")
+    parser.add_argument("--image-steps", type=int, default=58_600, help="of --batch images (default: 58,600)")
+    parser.add_argument("--batch", type=int, default=256, help="images in a batch (default: 256)")
+    parser.add_argument("--width", type=float, default=0.25, help="of the small VGG-19's channels (default: 0.25)")
+    parser.add_argument("--limit", type=int, help="images to train on (default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the contenders, by name")
+
+
+def chosen(options: argparse.Namespace, contenders: Sequence[Contender]) -> list[Contender]:
+    """The contenders that `--only` names, the first one in any case: the others are compared with it."""
+    return [c for i, c in enumerate(contenders) if not options.only or not i or c.name in options.only]
+
+
+def train(setting: Setting, options: argparse.Namespace, task: str, one: Contender, seed: int) -> Run:
+    steps = options.text_steps if task == "text" else options.image_steps
+    arguments: list[object] = ["--steps", steps, "--seed", seed, "--track.display", "plain"]
+    arguments += ["--track.log_every", max(1, steps // 100), "--track.eval_every", max(1, steps // 20)]
+    arguments += ["--checkpoint.every", max(1, steps // 4)]
+    if task == "text":
+        arguments += ["--task.model", json.dumps(_llama(one.times)), "--task.sequence", 128, "--task.batch_size", 8]
+        arguments += ["--task.val_batches", 40]
+    else:
+        arguments += ["--task.data", options.data, "--task.width", options.width * one.times]
+        arguments += ["--task.batch_size", options.batch]
+        arguments += ["--task.limit", options.limit] if options.limit else []
+        arguments += SHORT if setting.quick else []
+    if setting.quick:
+        arguments += ["--sync_every", 2, "--structure.paired_batches", 1]
+    if one.keys is None:
+        arguments += [*WHOLE, "--structure.settle", 0]
+    else:
+        arguments += ["--structure.keep", 1 / one.times, *SPARSE[task], *RECIPE[task], *one.keys, *options.of_structure]
+    passed_on = [word for word in options.passed_on if task == "text" or word not in QUICK_KEYS]
+    name = re.sub(r"[^\w.=]+", "-", one.name.replace("×", "x").replace("½", "0.5")).strip("-")
+    return finish(options.out / task / f"{name}-seed-{seed}", CONFIGS[task], [*arguments, *passed_on])
+
+
+def _llama(times: float) -> dict[str, Any]:
+    """Residual stream and depth stay; heads and MLP features are so many times as many as in the small one."""
+    heads = round(4 * times)
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": heads // 2, "intermediate_size": round(256 * times)}
+    fixed = {"vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 4, "head_dim": 32}
+    return {"model_type": "llama", **fixed, **sizes, "max_position_embeddings": 128, "tie_word_embeddings": True}
+
+
+def contest(
+    setting: Setting, options: argparse.Namespace, name: str, contenders: Sequence[Contender]
+) -> Iterator[Record]:
+    """A record of every contender, task and seed, against the first of the same task and seed."""
+    for task in options.tasks:
+        steps = options.text_steps if task == "text" else options.image_steps
+        size = f"Llama, {steps} steps" if task == "text" else f"VGG-19 width {options.width:g}, {steps} steps"
+        size += f", {options.limit} images" if task == "image" and options.limit else ""
+        for seed in options.seeds:
+            first: Run | None = None
+            for one in chosen(options, contenders):
+                run = train(setting, options, task, one, seed)
+                first = first or run
+                exported, against = run.summary["exported"], first.summary["exported"]["loss"]
+                yield setting.record(
+                    name,
+                    f"{size}, {one.name}, seed {seed}",
+                    exported["loss"],
+                    "nats per byte" if task == "text" else "nats per image",
+                    exported["loss"] / against,
+                    contenders[0].name,
+                    repeats=1,
+                    against_value=against,
+                    task=task,
+                    size=size,
+                    contender=one.name,
+                    times=one.times,
+                    seed=seed,
+                    accuracy=exported["accuracy"],
+                    parameters=run.parameters,
+                    master_parameters=run.full_parameters,
+                    device_bytes=device_bytes(run),
+                    seconds=run.seconds,
+                    time=run.seconds / first.seconds,
+                    curve=[(r["step"], r["train_seconds"], r["val_loss"]) for r in run.metrics if "val_loss" in r],
+                    arguments=[*options.of_structure, *options.passed_on],
+                    tool=f"tools/{'frontier' if name == 'frontier' else 'reproduce'}.py"
+                    + ("" if name == "frontier" else f" {name}"),
+                    command=options.command,
+                )
+
+
+def device_bytes(run: Run) -> int:
+    """The peak on a device; on a CPU, which does not tell, the ledger's prediction of it."""
+    ledger = run.summary["ledger"]
+    return ledger["measured"].get("device_peak_bytes") or ledger["predicted"]["device_peak_bytes"]
+
+
+def by_contender(records: list[dict[str, Any]]) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+    """Size, contender, and its records, one for each seed; in the order of the file."""
+    order = dict.fromkeys((r["details"]["size"], r["details"]["contender"]) for r in records)
+    for size, name in sorted(order, key=lambda pair: pair[0]):
+        yield size, name, [r for r in records if (r["details"]["size"], r["details"]["contender"]) == (size, name)]

@@ -1,0 +1,80 @@
+"""What each choice of the recipe is worth: one change at a time, loss after equal steps.
+
+The base is a master four times as wide as its subnets whose s starts polarised, a tenth of every subnet exploring until
+half of the run, then the best subnet alone ("random fixed": that from the start). Every row changes one thing of it.
+The gap is to the small dense network of the same seed.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.records import Record, Setting
+
+from reproduction.contest import QUICK as SHORT_RUNS
+from reproduction.contest import QUICK_KEYS as QUICK_KEYS
+from reproduction.contest import TIMES, Contender, by_contender, contest
+from reproduction.contest import add_arguments as add_arguments
+from reproduction.interval import confidence
+from reproduction.pictures import new_figure, save
+
+EXPLORING = (0.02, 0.05, 0.2, 0.4)
+VARIANTS: dict[str, list[object]] = {
+    "base: explore 0.1": [],
+    **{f"explore {share:g}": ["--structure.explore", share] for share in EXPLORING},
+    "s flat": ["--structure.start", "uniform"],
+    "random fixed": ["--structure.settle", 1],
+    "settle 0.8": ["--structure.settle", 0.8],
+    "settle 0.2": ["--structure.settle", 0.2],
+    "credit": ["--structure.estimator", "credit"],
+    "credit, settle 0.8": ["--structure.estimator", "credit", "--structure.settle", 0.8],
+    "magnitude": ["--structure.estimator", "magnitude"],
+    "disarm": ["--structure.estimator", "disarm"],
+    "vr_pge": ["--structure.estimator", "vr_pge"],
+    "control linear": ["--structure.control", "linear"],
+    "paired batches 1": ["--structure.paired_batches", 1],
+    "reference fresh": ["--structure.reference", "fresh"],
+    "s frozen (lr 0)": ["--structure.lr", 0],
+    "K=10": ["--sync_every", 10, "--structure.paired_batches", 1],
+    "K=200": ["--sync_every", 200],
+    "moments reset": ["--optimizer.state", "reset"],
+}
+CONTENDERS = [Contender("dense ×1", 1, None), *(Contender(name, TIMES, keys) for name, keys in VARIANTS.items())]
+QUICK: dict[str, Any] = {**SHORT_RUNS, "only": ["base: explore 0.1", "credit"], "width": 0.0625}
+
+
+def measure(setting: Setting, options: argparse.Namespace) -> Iterator[Record]:
+    yield from contest(setting, options, "recipe", CONTENDERS)
+
+
+def draw(records: list[dict[str, Any]], file: Path) -> None:
+    """What exploring costs: the gap over the share of units exchanged in a round."""
+    shares = {"random fixed": 0.0, "base: explore 0.1": 0.1, **{f"explore {share:g}": share for share in EXPLORING}}
+    figure, axes = new_figure()
+    for size in dict.fromkeys(r["details"]["size"] for r in records):
+        points = []
+        for where, name, found in by_contender(records):
+            if where == size and name in shares:
+                gap = mean(100 * (r["value"] / r["details"]["against_value"] - 1) for r in found)
+                points.append((shares[name], gap))
+        if points:
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=size)
+    axes.axhline(0, color="grey", lw=0.8)
+    axes.set(xlabel="share of a subnet's units that explore", ylabel="loss above the small dense network's, %")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    save(figure, file)
+
+
+def rows(records: list[dict[str, Any]]) -> Iterator[str]:
+    """Markdown, for README."""
+    yield "| run | variant | loss | gap to dense ×1 | time ÷ dense ×1 | seeds |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: |"
+    for size, name, found in by_contender(records):
+        gap, half = confidence([r["value"] - r["details"]["against_value"] for r in found])
+        spread = f" ± {half:.3f}" if half == half else ""
+        time = mean(r["details"]["time"] for r in found)
+        loss = mean(r["value"] for r in found)
+        yield f"| {size} | {name} | {loss:.4f} | {gap:+.4f}{spread} | {time:.2f} | {len(found)} |"
