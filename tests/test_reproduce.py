@@ -217,11 +217,11 @@ def test_frontier(tools: SimpleNamespace) -> None:
 
 
 def test_recipe_changes_one_thing_at_a_time(tools: SimpleNamespace) -> None:
-    dense, base, credit = records(tools, "recipe", "--tasks", "image")
-    assert [r["details"]["contender"] for r in (dense, base, credit)] == ["dense ×1", "base: explore 0.1", "credit"]
+    dense, base, rloo = records(tools, "recipe", "--tasks", "image")
+    assert [r["details"]["contender"] for r in (dense, base, rloo)] == ["dense ×1", "base: explore 0.1", "rloo"]
     asked = [json.loads((Path("runs/recipe/image") / f"{name}-seed-0" / "asked.json").read_text())["arguments"]
-             for name in ("base-explore-0.1", "credit")]  # fmt: skip
-    assert asked[1] == [*asked[0], "--structure.estimator", "credit"]
+             for name in ("base-explore-0.1", "rloo")]  # fmt: skip
+    assert asked[1] == [*asked[0], "--structure.estimator", "rloo"]
     assert base["details"]["master_parameters"] > 4 * base["details"]["parameters"]
 
 

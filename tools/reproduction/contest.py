@@ -16,10 +16,10 @@ TIMES = 4
 """As wide as the subnet is the master, where nothing else is said."""
 QUICK: dict[str, Any] = {"text_steps": 4, "image_steps": 4, "seeds": [0]}
 QUICK_KEYS = ["--task.val_batches", "1"]
-RECIPE: dict[str, list[object]] = {
-    "text": ["--structure.start", "random", "--structure.explore", 0.1, "--structure.settle", 0.5],
-    "image": ["--structure.start", "random", "--structure.explore", 0.1, "--structure.settle", 0.5],
-}
+RECIPE: list[object] = [
+    *("--structure.estimator", "credit", "--structure.start", "random", "--structure.explore", 0.1),
+    *("--structure.settle", 0.8),
+]
 """What every sparse run has, unless it says otherwise."""
 SPARSE = {
     "text": ["--structure.groups", '{"*mlp*": null, "*self_attn*": null}'],
@@ -73,7 +73,7 @@ def train(setting: Setting, options: argparse.Namespace, task: str, one: Contend
     if one.keys is None:
         arguments += [*WHOLE, "--structure.settle", 0]
     else:
-        arguments += ["--structure.keep", 1 / one.times, *SPARSE[task], *RECIPE[task], *one.keys, *options.of_structure]
+        arguments += ["--structure.keep", 1 / one.times, *SPARSE[task], *RECIPE, *one.keys, *options.of_structure]
     passed_on = [word for word in options.passed_on if task == "text" or word not in QUICK_KEYS]
     name = re.sub(r"[^\w.=]+", "-", one.name.replace("×", "x").replace("½", "0.5")).strip("-")
     return finish(options.out / task / f"{name}-seed-{seed}", CONFIGS[task], [*arguments, *passed_on])
