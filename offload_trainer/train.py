@@ -20,6 +20,7 @@ from offload_trainer.evaluation import evaluate, evaluate_full
 from offload_trainer.forecast import show_forecast
 from offload_trainer.groups import Plan
 from offload_trainer.importance import importance
+from offload_trainer.initial import match_scale
 from offload_trainer.making import master_folder, resumable
 from offload_trainer.master import CheckpointStore, whole_folder
 from offload_trainer.master.interrupts import undivided
@@ -83,6 +84,9 @@ def train(config: Config) -> None:
             accelerator.init_trackers("offload-trainer")
         if run.checkpoint is None and config.structure.start != "uniform" and run.structure.names:
             start_structure(config, run, offloader, monitor)
+        if run.checkpoint is None and run.structure.names and config.structure.rescale and task.initialise is not None:
+            changed = match_scale(offloader, task.initialise)
+            monitor.message(f"initial weights: {changed} tensors scaled for the widths of the subnet")
         boundary = offloader.steps  # where the last round ended
         settle_from = math.ceil(config.steps * (1 - config.structure.settle))
         if config.track.eval_every and not offloader.steps:

@@ -51,6 +51,9 @@ class StructureConfig(Section):
     are not among the most important. With those two it falls to 0 until the run settles, if it does."""
     calibration_batches: Count = 4
     """Training batches on which importance is measured."""
+    rescale: bool = True
+    """Scale random initial weights as a network as narrow as the subnet would have them, not one as wide as the master;
+    by the first subnet's widths."""
     lr: Annotated[float, Field(ge=0)] = 12e-3
     """Adam's learning rate for s; 0: s stays as it starts."""
     reference: Literal["next", "fresh"] = "next"

@@ -65,6 +65,7 @@ def build(config: "CausalLM", seed: int) -> Task:
         count=lambda batch: batch[:, 1:].numel(),
         derived=perplexity,
         materialise=lambda model: materialise(model, weights.load if weights else None),
+        initialise=None if weights else lambda model: materialise(model, None),
         why_no_config=why_no_config,
         save_export=_exporter(byte_tokenizer() if tokenizer is None else tokenizer, example_inputs),
     )

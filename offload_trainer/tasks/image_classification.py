@@ -61,6 +61,7 @@ def build(config: "ImageClassification", seed: int) -> Task:
         unit="images",
         count=lambda batch: len(batch[1]),
         materialise=initialise,
+        initialise=initialise,
     )
 
 

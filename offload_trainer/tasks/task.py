@@ -42,6 +42,8 @@ class Task:
     """Rules for width-carrying attributes that `find_groups` does not know."""
     materialise: Callable[[nn.Module], None] | None = None
     """Initialises in place a model that was built on meta and now has real memory; random from torch's seed."""
+    initialise: Callable[[nn.Module], None] | None = None
+    """Gives a model of this kind, of any widths, its first random weights, in place; None where they are known."""
     save_export: Callable[[nn.Module, Path], str | None] | None = None
     """Writes what belongs beside `model.safetensors`, such as a config; returns what a user must know, if anything."""
     why_no_config: Callable[[nn.Module], str | None] | None = None
