@@ -22,10 +22,6 @@ class Coverage:
         self.steps += steps * mask
         self.last[mask] = now
 
-    def features(self) -> Tensor:
-        """(2, n) float32: share of the steps so far that each unit was trained; 1 if it was trained last, else 0."""
-        return torch.stack([self.steps / self.last.max().clamp(min=1), (self.last == self.last.max()).float()])
-
     def state_dict(self) -> dict[str, Tensor]:
         return {"steps": self.steps.clone(), "last": self.last.clone()}
 

@@ -4,10 +4,9 @@ Think of a gate g = 1 on everything that reads a unit. Its gradient c = ∂L/∂
 the unit, which a backward pass has computed anyway. To second order, leaving the unit out changes the loss by
 −c + F/2 with F the Fisher information of the gate (Molchanov et al., "Importance Estimation for Neural Network
 Pruning", 2019); from batch to batch c scatters with a variance proportional to F. So the means of c and c² over batches
-are two features of a unit. Two more are how long it has been trained, and whether it was trained last (coverage.py).
-What the four are worth is learned from pairs of masks whose losses are known.
+are two features of a unit, and what they are worth, two numbers, is learned from pairs of masks whose losses are known.
 
-Of a unit that was never trained no c is known: in a prediction it counts like the mean of its group.
+Of a unit that was never trained nothing is known: in a prediction it counts like the mean of its group.
 """
 
 from collections.abc import Sequence
@@ -21,14 +20,14 @@ FORGET = 0.99
 """Share of what earlier pairs said that stays with each pair: weights change, and what c is worth with them."""
 DOUBT, ENOUGH = 2, 10
 """As if so many pairs had shown a d of 0; and the pairs before which features are worth nothing."""
-FEATURES = 4
+FEATURES = 2
 
 
 class Credit:
-    """Means of c and c² of each unit, and the worth of a feature; all vectors are over the sampled units."""
+    """Features of each unit, and the worth of a feature; all flat vectors over the sampled units."""
 
-    def __init__(self, units: int):
-        self.features = torch.zeros(2, units, device="cpu")
+    def __init__(self, units: int, dtype: torch.dtype = torch.float32):
+        self.features = torch.zeros(FEATURES, units, dtype=dtype, device="cpu")
         self.seen = torch.zeros(units, dtype=torch.bool, device="cpu")
         self._gram = torch.zeros(FEATURES, FEATURES, dtype=torch.float64, device="cpu")
         self._moment = torch.zeros(FEATURES, dtype=torch.float64, device="cpu")
@@ -40,18 +39,17 @@ class Credit:
         self.features[:, mask] = torch.where(fresh, features, MEMORY * self.features[:, mask] + (1 - MEMORY) * features)
         self.seen |= mask
 
-    def known(self, sizes: Sequence[int], trained: Tensor) -> Tensor:
-        """(4, n): c and c², of unseen units as the mean of their group; and `trained`, (2, n), what is known of the
-        training of each. sizes: units of each group."""
+    def known(self, sizes: Sequence[int]) -> Tensor:
+        """(2, n): features, of unseen units those of the mean of their group; sizes: units of each group."""
         parts = []
         for part, seen in zip(self.features.split(list(sizes), 1), self.seen.split(list(sizes)), strict=True):
             mean = part[:, seen].mean(1, keepdim=True) if bool(seen.any()) else torch.zeros_like(part[:, :1])
             parts.append(torch.where(seen, part, mean))
-        return torch.cat([torch.cat(parts, 1) if parts else self.features, trained])
+        return torch.cat(parts, 1) if parts else self.features
 
     @property
     def worth(self) -> Tensor:
-        """(4,): ridge regression of the d of pairs on what the features said of them; 0 before there are enough."""
+        """(2,): ridge regression of the d of pairs on what the features said of them; 0 before there are enough."""
         if self._pairs < ENOUGH:
             return torch.zeros_like(self._moment)
         scale = self._gram.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()
@@ -59,7 +57,7 @@ class Credit:
         return torch.linalg.solve(self._gram / scale[:, None] / scale + doubt, self._moment / scale) / scale
 
     def compare(self, difference: Tensor, known: Tensor, d: float) -> None:
-        """A pair has shown d = L(m) − L(m′). difference: m − m′, (n,). known: features then, (4, n)."""
+        """A pair has shown d = L(m) − L(m′). difference: m − m′, (n,). known: features then, (2, n)."""
         said = known.double() @ difference.double()
         self._gram = FORGET * self._gram + said[:, None] * said
         self._moment = FORGET * self._moment + said * d

@@ -211,7 +211,7 @@ class Structure:
         if self.estimator == "disarm" and not self._drawn.twin[1]:
             estimate = rloo  # the second of twins and the first of the next two: drawn independently
         if self.control == "linear":
-            known, difference = self._credit.known(self._pool.sizes, self.coverage.features()), m.float() - m2.float()
+            known, difference = self._credit.known(self._pool.sizes), m.float() - m2.float()
             c = self._pool.centred((self._credit.worth @ known.double()).float(), s)
             gradient = estimate(s, m, s2, m2, d - float(c @ difference), self.alpha)
             self._flat.grad = gradient + known_mean(estimate, s, s2, c, self.alpha)

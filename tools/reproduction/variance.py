@@ -137,7 +137,6 @@ class Trial:
         self._widths = {name: max(1, round(float(s.double().sum()))) for name, s in self._s.items()}
         budgets = {n: GroupBudget(len(s), constant(self._widths[n] / len(s)), 1) for n, s in self._s.items()}
         self._pool = Pool(budgets, "fixed", "per_group")
-        self._trained = structure.coverage.features()
         self._judged = Credit(self._pool.units)
         """What backward passes said of all units that were drawn so far."""
 
@@ -155,20 +154,13 @@ class Trial:
                 estimator, _, control = name.partition(", ")
                 is_twin = estimator == "disarm"
                 masks, d, _ = pairs[is_twin]
-                c = self._predicted(known[is_twin], s) if control else None
-                estimates[name].append(estimate(estimator, s, masks, d, c))
+                estimates[name].append(estimate(estimator, s, masks, d, pool, known[is_twin] if control else None))
             for is_twin, (masks, d, said) in pairs.items():
                 m, m2 = masks
-                features = known[is_twin].known(pool.sizes, self._trained)
-                known[is_twin].compare(m.float() - m2.float(), features, d)
+                known[is_twin].compare(m.float() - m2.float(), known[is_twin].known(pool.sizes), d)
                 for credit in (known[is_twin], self._judged):
                     credit.see(m, said)
         return {name: float(torch.stack(made).var(0).sum()) for name, made in estimates.items()}
-
-    def _predicted(self, credit: Credit, s: Tensor) -> Tensor:  # (n,)
-        """What each unit is said to do to the loss."""
-        features = credit.known(self._pool.sizes, self._trained)
-        return self._pool.centred((credit.worth @ features.double()).float(), s)
 
     def _s_of(self, kind: str) -> Tensor:
         if kind == "as trained":
@@ -196,12 +188,13 @@ class Trial:
 
 
 def estimate(
-    name: str, s: Tensor, masks: list[Tensor], d: float, c: Tensor | None, alpha: float = 0.5
+    name: str, s: Tensor, masks: list[Tensor], d: float, pool: Pool, credit: Credit | None, alpha: float = 0.5
 ) -> Tensor:  # (n,)
-    """An estimator's gradient from one pair; less what c predicts of it, if that is given."""
+    """An estimator's gradient from one pair; less what credit predicts of it, if that is given."""
     of, (m, m2) = ESTIMATORS[name], masks
-    if c is None:
+    if credit is None:
         return of(s, m, s, m2, d, alpha)
+    c = pool.centred((credit.worth @ credit.known(pool.sizes).double()).float(), s)
     return of(s, m, s, m2, d - float(c @ (m.float() - m2.float())), alpha) + known_mean(of, s, s, c, alpha)
 
 
