@@ -60,7 +60,7 @@ class Agenda:
         """The round of `plan` has ended after `steps`, at step `now` of the run. difference: d, if there were pairs;
         credit: what the backward passes said of its units, if that is wanted."""
         self._structure.trained(plan, steps, now)
-        if not self.settled:
+        if difference is not None or credit is not None:
             self._structure.update(difference, plan, credit)
 
     def top(self) -> Plan:

@@ -71,6 +71,8 @@ class Predictor:
     """Whether transfers go on while a round trains."""
     follows: bool = False
     """Whether the reference is the subnet that is trained next."""
+    credits: bool = False
+    """Whether gradients are multiplied with the weights before a step, one parameter after the other."""
     checkpoints: int = 1
     """Those on disk at once."""
     exports_full: bool = False
@@ -155,6 +157,7 @@ class Predictor:
         scratch = int(cost.one * sizes.widest + cost.together * sizes.gradients)
         in_heap = sizes.gradients_below(memory.HEAP_BLOCK)
         state_in_heap = int(cost.state * in_heap)
+        credit = {"gradients": sizes.gradients, "products": sizes.widest}
         averaging = {"gradients": sizes.gradients, "message and its mean": 2 * sizes.gradients}
         return [
             Phase(
@@ -163,6 +166,7 @@ class Predictor:
                 held | _if_any({"gradients": step.gradients, "activations": step.peak - step.gradients}),
             ),
             *([Phase("gradients averaged", host, held | _if_any(averaging))] if self.processes > 1 else []),
+            *([Phase("credit", host, held | _if_any(credit))] if self.credits else []),
             Phase(
                 "optimizer step",
                 host | self._gaps(in_heap + state_in_heap),

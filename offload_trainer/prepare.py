@@ -155,6 +155,7 @@ def make_predictor(
         mapped=config.memory.master == "file",
         overlap=config.memory.overlap,
         follows=structure.reference == "next",
+        credits=structure.control == "linear" or structure.estimator in ("credit", "magnitude"),
         # A new one is written before the oldest is removed.
         checkpoints=min(keep_last + 1, config.steps // every + 1 if every else 1),
         exports_full=config.export.full,

@@ -214,16 +214,19 @@ def predictor(case: Case, groups: Groups, factory: Callable, carry: bool, precis
     )
 
 
+@pytest.mark.parametrize("control", ["none", "linear"])
 @pytest.mark.parametrize("state", ["carry", "reset"])
 @pytest.mark.parametrize(("name", "factory"), [("mlp", adamw), ("convolutional", sgd), ("llama", adamw)])
-def test_device_peak_of_a_run(name: str, factory: Callable, state: Any) -> None:
+def test_device_peak_of_a_run(name: str, factory: Callable, state: Any, control: Any) -> None:
     case = CASES[name]()
     model, batch, inputs, loss_fn = case
     groups, plan = half(model, inputs)
-    ledger = predictor(case, groups, factory, state == "carry").ledger(plan, reference=True, sampled=sliced(plan))
-    training = [phase for phase in ledger.phases if phase.name in ("forward and backward", "optimizer step")]
+    own = replace(predictor(case, groups, factory, state == "carry"), credits=control == "linear")
+    ledger = own.ledger(plan, reference=True, sampled=sliced(plan))
+    training = [p for p in ledger.phases if p.name in ("forward and backward", "credit", "optimizer step")]
+    assert ("credit" in {phase.name for phase in training}) == (control == "linear")
     predicted = max(phase.device_bytes - phase.device["batch"] for phase in training)
-    structure = Structure(groups, 0.5, paired_batches=1)
+    structure = Structure(groups, 0.5, paired_batches=1, control=control)
     accelerator = Accelerator(cpu=True)
     with Offloader(
         model,
