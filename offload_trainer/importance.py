@@ -39,7 +39,7 @@ def importance(
     readers = find_readers(model, groups)
     read = {name: read_slots(readers, groups, name) for name in names}
     watched = {reader.path: reader for pairs in read.values() for reader, _ in pairs}
-    squares = mean_squares(model, list(watched.values()), batches, loss_fn, accelerator)
+    squares = means_over_inputs(model, list(watched.values()), batches, loss_fn, accelerator, of=_squares)
     tensors = dict(model.named_parameters())
     scores = {}
     for name, pairs in read.items():
@@ -57,18 +57,25 @@ def importance(
 
 
 @torch.no_grad()
-def mean_squares(
-    model: nn.Module, readers: list[Reader], batches: Sequence[Any], loss_fn: LossFn, accelerator: Accelerator
+def means_over_inputs(
+    model: nn.Module,
+    readers: list[Reader],
+    batches: Sequence[Any],
+    loss_fn: LossFn,
+    accelerator: Accelerator,
+    *,
+    of: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """Path of each reader → (features,) float64 mean of x² over the batches of all ranks."""
+    """Path of each reader → what `of` makes of its inputs x, (rows, features), per row: a mean over all ranks, on the
+    CPU. `of` sums over the rows it is given."""
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys((reader.path for reader in readers), 0)
 
     def watch(reader: Reader) -> Callable[[nn.Module, Any], None]:
         def add(module: nn.Module, inputs: Any) -> None:
             x = inputs[0].detach().movedim(reader.features, -1).flatten(0, -2).float()  # (rows, features)
-            total = x.square().sum(0).double()
-            sums[reader.path] = sums[reader.path] + total if reader.path in sums else total
+            total = of(x).cpu()
+            sums[reader.path] = sums[reader.path].add_(total) if reader.path in sums else total
             counts[reader.path] += len(x)
 
         return add
@@ -82,9 +89,16 @@ def mean_squares(
         for handle in handles:
             handle.remove()
         module.train(training)
-    means = {path: total / counts[path] for path, total in sums.items()}
-    ranks.average_(accelerator, means.values())
-    return {path: mean.cpu() for path, mean in means.items()}
+    means = {}
+    for path, count in counts.items():
+        mean = sums.pop(path).div_(count).to(accelerator.device)  # where ranks can talk
+        ranks.average_(accelerator, [mean])
+        means[path] = mean.cpu()
+    return means
+
+
+def _squares(x: Tensor) -> Tensor:
+    return x.square().sum(0).double()
 
 
 def _share(weight: Tensor, axis: int, squares: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from offload_trainer import standins
 from offload_trainer.device import footprint, memory
 from offload_trainer.device.elements import CHUNK
 from offload_trainer.device.footprint import Footprint, OptimizerCost
@@ -61,6 +62,8 @@ class Predictor:
     """Whether slicing is verified, on a float32 copy of the model, before it is loaded."""
     calibration: bool = False
     """Whether importance is measured on the full model."""
+    stand_in: bool = False
+    """Whether the kept units are made to stand in for the others after that."""
     candidates: int = 1
     """Subnets on the device at once while the result is chosen."""
     varying: bool = False
@@ -90,7 +93,7 @@ class Predictor:
         moved = host | _if_any({"subnet in transit": 0 if self._on_host else sizes.weights})
         validation = self._validation(plan)
         phases = [
-            *self._before_training(host),
+            *self._before_training(host, plan),
             *self._training(sizes, host, held),
             *(
                 [Phase("swap", host, held | _if_any({"arriving": sizes.arriving(on_host=self._on_host)}))]
@@ -122,7 +125,7 @@ class Predictor:
 
     # The phases
 
-    def _before_training(self, host: dict[str, int]) -> list[Phase]:
+    def _before_training(self, host: dict[str, int], plan: Plan) -> list[Phase]:
         """Probing, proof, loading, calibration."""
         copied = {"process": self.process, "what is copied": (2 if self._on_host else 1) * PROBED}
         phases = [Phase("link probed", copied, {})]
@@ -142,7 +145,11 @@ class Predictor:
         if self.calibration:
             found = self._full_training
             # The inputs of one layer at a time are squared in float32.
-            phases.append(Phase("calibration", host, self._passing | {"activations": found.peak + 2 * found.largest}))
+            passing = self._passing | {"activations": found.peak + 2 * found.largest}
+            there, here = standins.scratch_bytes(self.model, plan) if self.stand_in else (0, 0)
+            phases.append(
+                Phase("calibration", host | _if_any({"standing in": there}), passing | _if_any({"products": here}))
+            )
         return phases
 
     def _training(self, sizes: Sizes, host: dict[str, int], held: dict[str, int]) -> list[Phase]:

@@ -150,6 +150,7 @@ def make_predictor(
         processes=accelerator.num_processes,
         proof=structure.verify,
         calibration=structure.start == "importance" and checkpoint is None,
+        stand_in=structure.stand_in,
         candidates=2 if structure.result == "best_of" else 1,
         varying=structure.sampler == "bernoulli" or structure.budget == "global",
         mapped=config.memory.master == "file",

@@ -29,6 +29,7 @@ from offload_trainer.offloader import Offloader
 from offload_trainer.prepare import Prepared, prepare
 from offload_trainer.result import best_of, recalibrate, save_export
 from offload_trainer.rounds import Meter
+from offload_trainer.standins import stand_in
 from offload_trainer.tasks import shard
 
 
@@ -149,11 +150,11 @@ def measured(run: Prepared, offloader: Offloader) -> dict[str, Any]:
 def start_structure(config: Config, run: Prepared, offloader: Offloader, monitor: Monitor) -> None:
     """s from the importance of the model's units or, as a baseline, from a random order of them."""
     section = config.structure
+    batches = [local(run, config.steps + i) for i in range(section.calibration_batches)]
     if section.start == "random":
         generator = torch.Generator().manual_seed(config.seed)
         scores = {name: torch.rand(len(s), generator=generator) for name, s in run.structure.s.items()}
     else:
-        batches = [local(run, config.steps + i) for i in range(section.calibration_batches)]
         scores, by_weight = importance(
             offloader.model, run.groups, run.structure.names, batches, run.task.loss_fn, run.accelerator
         )
@@ -161,6 +162,11 @@ def start_structure(config: Config, run: Prepared, offloader: Offloader, monitor
             named = ", ".join(by_weight[:3]) + (" and others" if len(by_weight) > 3 else "")
             monitor.message(f"importance of {len(by_weight)} groups judged by weights alone ({named})")
     offloader.start_from(scores, section.explore)
+    if section.start == "importance" and section.stand_in:
+        layers = stand_in(
+            offloader.model, offloader.master, offloader.agenda.top(), batches, run.task.loss_fn, run.accelerator
+        )
+        monitor.message(f"kept units stand in for the others in {layers} layers")
 
 
 def validate(config: Config, run: Prepared, offloader: Offloader) -> dict[str, float]:

@@ -1,9 +1,10 @@
-"""Does sampling while training pay, when a pretrained model is shrunk? Four contenders, equal training time.
+"""Does sampling while training pay, when a pretrained model is shrunk? Contenders at equal training time.
 
     python tools/shrink.py --minutes 60 --seeds 0 1 [--json FILE] [--picture FILE.svg] [--key value …]
 
 ours: the config as it is: s from importance, exploring until it settles.
 fixed: the same widths, chosen once by the same importance, then trained as an ordinary dense model.
+plain: as fixed, but what is kept does not stand in for what is left out: ordinary structured pruning.
 random: the same widths, chosen at random, then trained.
 full: the whole model fine-tuned, as the upper bound.
 
@@ -35,6 +36,7 @@ WHOLE = ["--structure.keep", "null", "--structure.groups", '{"*": 1.0}', "--stru
 CONTENDERS: dict[str, list[str]] = {
     "ours": [],
     "fixed": ["--structure.settle", "1"],
+    "plain": ["--structure.settle", "1", "--structure.stand_in", "false"],
     "random": ["--structure.settle", "1", "--structure.start", "random"],
     # A rate that suits a model that has to relearn half of itself would spoil one that is whole.
     "full": [*WHOLE, "--structure.multiple_of", "1", "--optimizer.lr", "2e-4"],
@@ -128,12 +130,12 @@ class Run:
 def _record(
     setting: Setting, name: str, seed: int, result: dict[str, Any], results: dict[tuple[str, int], Any], clock: str
 ) -> Record:
-    against = results.get(("full", seed))
-    ratio = result["perplexity"] / against["perplexity"] if against else 1.0
+    first = "full" if ("full", seed) in results else next(one for one, of in results if of == seed)
+    ratio = result["perplexity"] / results[first, seed]["perplexity"]
     case = f"{name}, seed {seed}, {result['seconds'] / 60:.0f} min"
     details = {key: result[key] for key in ("parameters", "steps", "seconds", "wall_seconds", "points")}
     details |= {"clock": clock, "tool": "tools/shrink.py", "repeats": 1}
-    return setting.record("shrink", case, result["perplexity"], "perplexity", ratio, "full model fine-tuned", **details)
+    return setting.record("shrink", case, result["perplexity"], "perplexity", ratio, f"{first}, same seed", **details)
 
 
 def draw(results: dict[tuple[str, int], dict[str, Any]], file: Path, clock: str) -> None:

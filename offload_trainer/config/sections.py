@@ -51,6 +51,9 @@ class StructureConfig(Section):
     are not among the most important. With those two it falls to 0 until the run settles, if it does."""
     calibration_batches: Count = 4
     """Training batches on which importance is measured."""
+    stand_in: bool = True
+    """With start importance: the weights of linear layers change so that what the first subnet keeps stands in for what
+    it leaves out, as well as it can (least squares on the calibration batches)."""
     rescale: bool = True
     """Scale random initial weights as a network as narrow as the subnet would have them, not one as wide as the master;
     by the first subnet's widths."""
