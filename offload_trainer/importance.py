@@ -43,8 +43,10 @@ def importance(
     tensors = dict(model.named_parameters())
     scores = {}
     for name, pairs in read.items():
+        pairs = [(reader, slot) for reader, slot in pairs if reader.path in squares]
         shares = [(slot, _share(tensors[slot.tensor], slot.axis, squares[reader.path])) for reader, slot in pairs]
         if not pairs:
+            read[name] = []
             slots = [slot for slot in groups.slots(name) if slot.tensor in tensors]
             matrices = [slot for slot in slots if tensors[slot.tensor].ndim > 1]
             shares = [(slot, _share(tensors[slot.tensor], slot.axis, None)) for slot in matrices or slots]
@@ -67,7 +69,7 @@ def means_over_inputs(
     of: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """Path of each reader → what `of` makes of its inputs x, (rows, features), per row: a mean over all ranks, on the
-    CPU. `of` sums over the rows it is given."""
+    CPU. `of` sums over the rows it is given. A reader that is never called is left out."""
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys((reader.path for reader in readers), 0)
 
@@ -91,6 +93,8 @@ def means_over_inputs(
         module.train(training)
     means = {}
     for path, count in counts.items():
+        if path not in sums:
+            continue
         mean = sums.pop(path).div_(count).to(accelerator.device)  # where ranks can talk
         ranks.average_(accelerator, [mean])
         means[path] = mean.cpu()

@@ -14,7 +14,7 @@ from offload_trainer.groups.slicing import named_tensors, rebuild
 from offload_trainer.offloader import Offloader
 
 NOTICED = 0.05
-"""A difference of scale, relative, that is more than the chance of two draws."""
+"""A relative difference of scale that matters; of small tensors it must be more than the chance of two draws."""
 
 
 @torch.no_grad()
@@ -27,15 +27,21 @@ def match_scale(offloader: Offloader, initialise: Callable[[nn.Module], None]) -
     plan, sliced = offloader.agenda.top(), offloader.groups.sliced_by(offloader.structure.names)
     empty = {name: torch.empty(plan.shape(name), dtype=t.dtype) for name, t in named_tensors(offloader.model).items()}
     narrow = rebuild(offloader.model, empty, plan, offloader.groups)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         initialise(narrow)
     changed = 0
     for name, parameter in narrow.named_parameters():
         full = offloader.master[name]
         if name not in sliced or parameter.ndim < 2 or not plan.slices(name):
             continue
-        wanted, there = (float(tensor.detach().float().std()) for tensor in (parameter, full))
-        if wanted > 0 and there > 0 and abs(wanted / there - 1) > NOTICED:
+        wanted, there = _scale(parameter), _scale(full)
+        chance = 4 / (2 * parameter.numel()) ** 0.5
+        if wanted > 0 and there > 0 and abs(wanted / there - 1) > max(NOTICED, chance):
             full.mul_(wanted / there)
             changed += 1
     return changed
+
+
+def _scale(tensor: torch.Tensor) -> float:
+    """Root of the mean square, without a copy in another type."""
+    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32)) / max(1, tensor.numel()) ** 0.5

@@ -284,7 +284,8 @@ class Offloader:
         difference = running.difference(self.accelerator)  # the host waits here for the round's last kernels
         losses, credit = running.mean_losses(self.accelerator), self._crediting.take(self._bench.subnet.plan)
         try:
-            running.require_finite(losses, self._bench.subnet.is_finite(), self.steps, self.rounds)
+            signals = (difference, *(credit or {}).values())
+            running.require_finite(losses, self._bench.subnet.is_finite(), signals, self.steps, self.rounds)
         except UserError:
             self.load_boundary(self.boundary())  # as if the round had never begun
             raise

@@ -35,6 +35,7 @@ from offload_trainer.planning import Decision
 from offload_trainer.predicting import Predictor
 from offload_trainer.resuming import checkpoint_to_resume, require_resumable
 from offload_trainer.structure import Structure
+from offload_trainer.structure.arguments import SCORES
 
 
 @dataclass(frozen=True)
@@ -150,13 +151,13 @@ def make_predictor(
         processes=accelerator.num_processes,
         proof=structure.verify,
         calibration=structure.start == "importance" and checkpoint is None,
-        stand_in=structure.stand_in,
+        stand_in=structure.stand_in and structure.settle == 1,
         candidates=2 if structure.result == "best_of" else 1,
         varying=structure.sampler == "bernoulli" or structure.budget == "global",
         mapped=config.memory.master == "file",
         overlap=config.memory.overlap,
         follows=structure.reference == "next",
-        credits=structure.control == "linear" or structure.estimator in ("credit", "magnitude"),
+        credits=structure.control == "linear" or structure.estimator in SCORES,
         # A new one is written before the oldest is removed.
         checkpoints=min(keep_last + 1, config.steps // every + 1 if every else 1),
         exports_full=config.export.full,

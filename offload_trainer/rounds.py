@@ -1,7 +1,7 @@
 """What a round cost and did, and where a run's time went."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
@@ -49,16 +49,25 @@ class Round:
         ranks.average_(accelerator, [losses])
         return losses
 
-    def require_finite(self, losses: Tensor, weights: bool, steps: int, rounds: int) -> None:
-        """Raise `UserError`, naming the step, unless the losses (means over the ranks) and the weights are finite.
+    def require_finite(
+        self, losses: Tensor, weights: bool, signals: Iterable[float | Tensor | None], steps: int, rounds: int
+    ) -> None:
+        """Raise `UserError`, naming the step, unless the losses (means over the ranks) and the weights are finite, and
+        what s learns from: the signals.
 
         steps: optimizer steps of the run so far, this round's included. rounds: finished before it.
         """
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
-        if not bad and weights:
+        wrong = any(signal is not None and not bool(torch.as_tensor(signal).isfinite().all()) for signal in signals)
+        if not bad and weights and not wrong:
             return
         within = bad[0] * self.steps // len(losses) + 1 if bad else self.steps
-        what = f"the loss is {losses[bad[0]].item()}" if bad else "a weight is not finite"
+        what = (
+            "what s learns from, a loss of the reference or a gradient, is not finite"
+            if wrong
+            else "a weight is not finite"
+        )
+        what = f"the loss is {losses[bad[0]].item()}" if bad else what
         raise UserError(
             f"{what} at step {steps - self.steps + within}, round {rounds}: the master and the last checkpoint keep "
             "what was before this round; lower optimizer.lr, set optimizer.clip_norm or turn memory.autocast off"

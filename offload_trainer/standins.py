@@ -1,9 +1,11 @@
 """Kept units stand in for the ones left out: what those contributed, as far as the kept ones can tell it.
 
-A layer y = W x that loses features x_j of its input loses Σ W_j x_j. Features are correlated, so a good part of that
-can be had from the features that stay: with C = E x xᵀ over calibration batches and S what stays, the weights W′ on S
-of least E‖W x − W′ x_S‖² are W C_{·S} (C_SS + λI)⁻¹. The layer keeps its shape, and nothing is added to the export.
-(The least squares of Optimal Brain Surgeon, Hassibi & Stork 1993, for all left-out units of a layer at once.)
+A layer y = W x loses W_R x_R with features R of its input. Features are correlated, so a good part of that can be had
+from the features S that stay: with C = E x xᵀ over calibration batches, W_R C_RS (C_SS + Λ)⁻¹ added to W_S is nearest,
+by ridge regression. The layer keeps its shape, and nothing is added to the export. (The least squares of Optimal Brain
+Surgeon, Hassibi & Stork 1993, for all left-out units of a layer at once.)
+
+The left-out weights stay where they are, so the full master counts twice what the kept ones have taken over.
 
 Only linear layers take part, and not where a norm reduces over the units, whose scale changes with them.
 """
@@ -21,8 +23,8 @@ from offload_trainer.groups import Groups, Plan
 from offload_trainer.groups.readers import Reader, find_readers
 from offload_trainer.importance import LossFn, means_over_inputs
 
-RIDGE = 1e-2
-"""λ, relative to the mean square of a feature: a few batches do not tell all of C."""
+RIDGE = 0.1
+"""Λ, for each feature relative to its mean square: a few batches do not tell all of C, and a few features are huge."""
 AT_ONCE = 2 * 2**30
 """Bytes that the products x xᵀ of some layers may take; for the others the batches pass through the model again."""
 
@@ -51,7 +53,7 @@ def stand_in(
 
 
 def linear_readers(model: nn.Module, groups: Groups) -> list[Reader]:
-    """The layers that can: linear, with a weight that no other layer reads, of units over which no norm reduces."""
+    """The layers that can: linear, with a trained weight that no other reads, of units that no norm reduces over."""
     owners = {}
     for path, module in model.named_modules():
         owners |= {f"{path}.{name}".lstrip("."): module for name, _ in module.named_parameters(recurse=False)}
@@ -69,6 +71,7 @@ def linear_readers(model: nn.Module, groups: Groups) -> list[Reader]:
         reader
         for reader in found
         if weights.count(reader.weight) == 1
+        and owners[reader.weight].weight.requires_grad
         and reader.weight not in embeddings
         and not {group.name for group, _ in groups.by_tensor[reader.weight][reader.axis]} & reduced
     ]
@@ -108,9 +111,13 @@ def scratch_bytes(model: nn.Module, plan: Plan) -> tuple[int, int]:
 @torch.no_grad()
 def _absorb(weight: Tensor, axis: int, products: Tensor, kept: Tensor) -> None:
     """weight: full size, changed in place where its `axis` is kept. products: (n, n), C. kept: indices on the axis."""
-    rows = products[kept].double()  # (kept, n)
-    among = rows[:, kept]
-    among.diagonal().add_(RIDGE * products.diagonal().double().mean())
-    mixing = torch.linalg.solve(among, rows).float()  # (kept, n): of what each kept feature stands in for
-    new = weight.float().movedim(axis, -1) @ mixing.T  # (others, kept)
-    weight.index_copy_(axis, kept, new.movedim(-1, axis).to(weight.dtype))
+    left_out = torch.ones(len(products), dtype=torch.bool).index_fill(0, kept, False).nonzero().flatten()
+    among = products[kept][:, kept].double()
+    squares = among.diagonal().clone()
+    if not bool(squares.any()):
+        return  # nothing that stays ever says anything
+    among.diagonal().add_(RIDGE * squares + 1e-6 * squares.mean())
+    shares = torch.linalg.solve(among, products[kept][:, left_out].double()).float()  # (kept, left out)
+    taken = weight.index_select(axis, left_out).float().movedim(axis, -1) @ shares.T  # (others, kept)
+    new = weight.index_select(axis, kept).float() + taken.movedim(-1, axis)
+    weight.index_copy_(axis, kept, new.to(weight.dtype))

@@ -150,11 +150,12 @@ def measured(run: Prepared, offloader: Offloader) -> dict[str, Any]:
 def start_structure(config: Config, run: Prepared, offloader: Offloader, monitor: Monitor) -> None:
     """s from the importance of the model's units or, as a baseline, from a random order of them."""
     section = config.structure
-    batches = [local(run, config.steps + i) for i in range(section.calibration_batches)]
+    batches: list[Any] = []
     if section.start == "random":
         generator = torch.Generator().manual_seed(config.seed)
         scores = {name: torch.rand(len(s), generator=generator) for name, s in run.structure.s.items()}
     else:
+        batches = [local(run, config.steps + i) for i in range(section.calibration_batches)]
         scores, by_weight = importance(
             offloader.model, run.groups, run.structure.names, batches, run.task.loss_fn, run.accelerator
         )
@@ -162,7 +163,7 @@ def start_structure(config: Config, run: Prepared, offloader: Offloader, monitor
             named = ", ".join(by_weight[:3]) + (" and others" if len(by_weight) > 3 else "")
             monitor.message(f"importance of {len(by_weight)} groups judged by weights alone ({named})")
     offloader.start_from(scores, section.explore)
-    if section.start == "importance" and section.stand_in:
+    if batches and section.stand_in and section.settle == 1:
         layers = stand_in(
             offloader.model, offloader.master, offloader.agenda.top(), batches, run.task.loss_fn, run.accelerator
         )

@@ -43,17 +43,34 @@ def test_a_layer_comes_as_near_as_it_can(batches: list[torch.Tensor]) -> None:
     x, kept = torch.cat(seen).double(), plan.index("model.layers.1.mlp.down_proj.weight", 1)
     assert kept is not None
     before = down.weight.detach().clone()
-    y, ridge = x @ before.double().T, standins.RIDGE * x.square().mean() * len(x)
-    stacked = torch.cat([x[:, kept], ridge.sqrt() * torch.eye(len(kept))])
-    wanted = torch.cat([y, ridge.sqrt() * torch.zeros(len(kept), y.shape[1])])
-    # Ridge towards zero of W′: of the features that stay, C_SS + λI; of those that do not, nothing.
-    expected = torch.linalg.lstsq(stacked, wanted).solution.T
+    others = torch.ones(before.shape[1], dtype=torch.bool).index_fill(0, kept, False)
+    lost = x[:, others] @ before[:, others].double().T
+    squares = x[:, kept].square().mean(0)
+    ridge = ((standins.RIDGE * squares + 1e-6 * squares.mean()) * len(x)).sqrt().diag()
+    stacked, wanted = torch.cat([x[:, kept], ridge]), torch.cat([lost, torch.zeros(len(kept), lost.shape[1])])
+    expected = before[:, kept].double() + torch.linalg.lstsq(stacked, wanted).solution.T
     assert stand_in(model, master_of(model), plan, batches, llm_loss, Accelerator(cpu=True)) == 1
     torch.testing.assert_close(down.weight[:, kept].double(), expected, rtol=1e-3, atol=1e-5)
-    others = torch.ones(before.shape[1], dtype=torch.bool).index_fill(0, kept, False)
     assert torch.equal(down.weight[:, others], before[:, others])
-    error = [(x[:, kept] @ w[:, kept].double().T - y).square().mean() for w in (before, down.weight.detach())]
-    assert error[1] < 0.8 * error[0]
+    error = [
+        (x @ before.double().T - x[:, kept] @ w[:, kept].double().T).square().mean() for w in (before, down.weight)
+    ]
+    assert float(error[1]) < 0.8 * float(error[0])
+
+
+def test_a_dead_layer_is_left_alone(batches: list[torch.Tensor]) -> None:
+    model = llama().eval()
+    model.get_submodule("model.layers.1.mlp.up_proj").weight.data.zero_()
+    before = model.get_submodule("model.layers.1.mlp.down_proj").weight.detach().clone()
+    assert stand_in(model, master_of(model), half(model, "1.mlp"), batches, llm_loss, Accelerator(cpu=True)) == 1
+    assert torch.equal(model.get_submodule("model.layers.1.mlp.down_proj").weight, before)
+
+
+def test_frozen_weights_are_left_alone() -> None:
+    model = llama()
+    model.get_submodule("model.layers.1.mlp.down_proj").weight.requires_grad_(False)
+    paths = [reader.path for reader in linear_readers(model, find_groups(model, models.tokens()))]
+    assert "model.layers.1.mlp.down_proj" not in paths and len(paths) == 3
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -103,7 +120,7 @@ def test_layers_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch, batches: lis
 
 
 def test_a_run_says_how_many_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = runs.config(tmp_path, **{"structure.start": "importance", "track.display": "plain"})
+    config = runs.config(tmp_path, **{"structure.start": "importance", "structure.settle": 1, "track.display": "plain"})
     assert run.main(["--config", str(config)]) == 0
     assert "kept units stand in for the others in" in capsys.readouterr().out
     words = ["--out", str(tmp_path / "other"), "--structure.stand_in", "false"]

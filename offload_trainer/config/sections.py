@@ -32,7 +32,8 @@ class StructureConfig(Section):
     vr_pge; disarm compares subnets as different as can be). credit: no second subnet; s follows what the backward
     passes say of each unit, which is cheap and biased; magnitude: s follows the size of the weights that read it."""
     control: Literal["none", "linear"] = "none"
-    """linear: less variance, without bias: what the backward passes predict of the two losses is taken out."""
+    """linear: less variance where s is polarised: what backward passes predict of the difference of the two losses is
+    taken out of it, and its known mean added to the gradient."""
     alpha: Annotated[float, Field(ge=0.5, lt=1)] = 0.5
     """Exponent of the preconditioner (s(1-s))^alpha."""
     sampler: Literal["fixed", "bernoulli"] = "fixed"
@@ -48,17 +49,18 @@ class StructureConfig(Section):
     contributes on calibration batches; random: as importance, with the units in random order."""
     explore: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """For a start that is not uniform, and for estimators credit and magnitude: expected share of a subnet's units that
-    are not among the most important. With those two it falls to 0 until the run settles, if it does."""
+    are not among the most important. With those two it falls to next to nothing until the run settles, if it does."""
     calibration_batches: Count = 4
     """Training batches on which importance is measured."""
     stand_in: bool = True
-    """With start importance: the weights of linear layers change so that what the first subnet keeps stands in for what
-    it leaves out, as well as it can (least squares on the calibration batches)."""
+    """With start importance and settle 1, where one subnet is trained throughout: the weights by which linear layers
+    read it change, so that what it keeps stands in for what it leaves out (by least squares on the calibration
+    batches). The full master is not the pretrained model any more then."""
     rescale: bool = True
     """Scale random initial weights as a network as narrow as the subnet would have them, not one as wide as the master;
     by the first subnet's widths."""
     lr: Annotated[float, Field(ge=0)] = 12e-3
-    """Adam's learning rate for s; 0: s stays as it starts."""
+    """Adam's learning rate for s; 0: s stays as it starts. Not for estimators credit and magnitude."""
     reference: Literal["next", "fresh"] = "next"
     """What a subnet is compared with: the one that is trained next (drawn two rounds ahead), or one drawn for this
     alone, so that rounds cannot overlap."""

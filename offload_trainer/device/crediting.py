@@ -5,27 +5,34 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from offload_trainer.errors import UserError
 from offload_trainer.groups.plan import Groups, Plan, Slot
 from offload_trainer.groups.readers import find_readers, read_slots
 
 
 class Crediting:
     """Sums, over the batches of a round, of c and c², where c is the derivative of the loss for a gate on all that
-    reads a unit: Σ w·∂L/∂w over the slots that a layer reads; of a group that none reads, over all its slots.
+    reads a unit: Σ w·∂L/∂w over the slots that a linear layer or a convolution reads; of a group that none reads, over
+    all its slots. (A tied weight counts with what it does elsewhere, too.)
 
-    names: the groups that are wanted; none, and it does nothing. magnitude: c is Σ w² instead.
+    names: the groups that are wanted; none, and it does nothing. magnitude: c is Σ w² instead. Raises `UserError` for
+    groups that share elements.
     """
 
     def __init__(self, model: nn.Module, groups: Groups, names: Iterable[str], *, magnitude: bool = False):
         self._magnitude = magnitude
-        readers, trained = find_readers(model, groups), {n for n, p in model.named_parameters() if p.requires_grad}
         self._slots: dict[str, list[Slot]] = {}
+        self._sums: Tensor | None = None
+        self._batches = 0
+        names = list(names)
+        if not names:
+            return
+        readers, trained = find_readers(model, groups), {n for n, p in model.named_parameters() if p.requires_grad}
         for name in names:
+            _require_apart(groups, name)
             own = [slot for slot in groups.slots(name) if slot.tensor in trained]
             read = {slot for _, slot in read_slots(readers, groups, name)}
             self._slots[name] = [slot for slot in own if slot in read] or own
-        self._sums: Tensor | None = None
-        self._batches = 0
 
     @torch.no_grad()
     def add(self, plan: Plan, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -61,3 +68,17 @@ class Crediting:
             first = slot.offset if index is None else int(torch.searchsorted(index, slot.offset))
             total += elements.narrow(0, first, kept * slot.block).view(kept, slot.block).sum(1)
         return total
+
+
+def _require_apart(groups: Groups, name: str) -> None:
+    """Raise if another group keeps or drops elements of this one's units."""
+    units = groups[name].units
+    for slot in groups.slots(name):
+        for other, theirs in groups.by_tensor[slot.tensor][slot.axis]:
+            apart = slot.offset + units * slot.block <= theirs.offset
+            apart |= theirs.offset + other.units * theirs.block <= slot.offset
+            if other.name != name and not apart:
+                raise UserError(
+                    f"groups {name!r} and {other.name!r} share elements of {slot.tensor}: what each does to the loss "
+                    "cannot be told apart, use structure.estimator rloo without structure.control"
+                )

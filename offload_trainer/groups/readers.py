@@ -30,7 +30,9 @@ def find_readers(model: nn.Module, groups: Groups) -> list[Reader]:
         place = _input_axis(module)
         if place is None:
             continue
-        weight = first[id(module.weight)]
+        weight = first.get(id(module.weight))
+        if weight is None:  # computed, or a buffer: nothing that is sliced and trained
+            continue
         if groups.by_tensor.get(weight, {}).get(place[0]):
             readers.append(Reader(path, weight, *place))
     return readers

@@ -43,6 +43,8 @@ def require_arguments(
     require(0 <= lr < math.inf, "lr", lr, "be finite and not negative")
     require(paired_batches >= 1, "paired_batches", paired_batches, "be at least 1")
     require(0 < explore < 1, "explore", explore, "be in (0, 1)")
+    rule = f"be per_group with estimator {estimator}: what it says of different groups does not compare"
+    require(budget == "per_group" or estimator not in SCORES, "budget", budget, rule)
     rule = f"be none with estimator {estimator}, which has no pairs"
     require(control == "none" or estimator not in SCORES, "control", control, rule)
     require(min_units >= 1, "min_units", min_units, "be at least 1")

@@ -18,8 +18,8 @@ MEMORY = 0.7
 """Share of what was known of a unit that stays when it is seen again."""
 FORGET = 0.99
 """Share of what earlier pairs said that stays with each pair: weights change, and what c is worth with them."""
-DOUBT, ENOUGH = 2, 10
-"""As if so many pairs had shown a d of 0; and the pairs before which features are worth nothing."""
+DOUBT, ENOUGH = 2, 9
+"""As if so many pairs had shown a d of 0; and the pairs until which features are worth nothing."""
 FEATURES = 2
 
 
@@ -32,6 +32,8 @@ class Credit:
         self._gram = torch.zeros(FEATURES, FEATURES, dtype=torch.float64, device="cpu")
         self._moment = torch.zeros(FEATURES, dtype=torch.float64, device="cpu")
         self._pairs = torch.zeros((), dtype=torch.float64, device="cpu")
+        self._waiting = torch.zeros(FEATURES + 2, dtype=torch.float64, device="cpu")
+        """The last pair: what the features said of it, its d, and 1 if there is one."""
 
     def see(self, mask: Tensor, features: Tensor) -> None:
         """mask: the trained units, (n,) bool. features: means of c and c² over a round's batches, (2, kept)."""
@@ -57,11 +59,17 @@ class Credit:
         return torch.linalg.solve(self._gram / scale[:, None] / scale + doubt, self._moment / scale) / scale
 
     def compare(self, difference: Tensor, known: Tensor, d: float) -> None:
-        """A pair has shown d = L(m) − L(m′). difference: m − m′, (n,). known: features then, (2, n)."""
-        said = known.double() @ difference.double()
-        self._gram = FORGET * self._gram + said[:, None] * said
-        self._moment = FORGET * self._moment + said * d
-        self._pairs = FORGET * self._pairs + 1
+        """A pair has shown d = L(m) − L(m′). difference: m − m′, (n,). known: features then, (2, n).
+
+        It counts from the pair after next on: masks that follow one another are in two pairs each, and no pair may be
+        predicted by what one of its masks has shown.
+        """
+        if self._waiting[-1]:
+            said, before = self._waiting[:FEATURES], self._waiting[FEATURES]
+            self._gram = FORGET * self._gram + said[:, None] * said
+            self._moment = FORGET * self._moment + said * before
+            self._pairs = FORGET * self._pairs + 1
+        self._waiting = torch.cat([known.double() @ difference.double(), self._waiting.new_tensor([d, 1])])
 
     def scores(self, sizes: Sequence[int], unknown: float) -> Tensor:
         """(n,), not negative: mean c². One that was never seen scores like the given quantile of those seen in its
@@ -75,9 +83,10 @@ class Credit:
 
     def state_dict(self) -> dict[str, Tensor]:
         named = {"features": self.features, "seen": self.seen}
-        named |= {"gram": self._gram, "moment": self._moment, "pairs": self._pairs}
+        named |= {"gram": self._gram, "moment": self._moment, "pairs": self._pairs, "waiting": self._waiting}
         return {name: tensor.clone() for name, tensor in named.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.features, self.seen = state["features"].clone(), state["seen"].clone()
-        self._gram, self._moment, self._pairs = (state[name].clone() for name in ("gram", "moment", "pairs"))
+        self._gram, self._moment = state["gram"].clone(), state["moment"].clone()
+        self._pairs, self._waiting = state["pairs"].clone(), state["waiting"].clone()

@@ -86,20 +86,22 @@ class Pool:
             part[kept[name]] = True
         return mask
 
-    def centred(self, c: Tensor, s: Tensor) -> Tensor:  # (n,) all
-        """c, moved by a number for each group so that Σ s(1−s) c is 0 there, where a group's width never varies.
+    def centred(self, c: Tensor, s: Tensor, *, twins: bool = False) -> Tensor:  # (n,) all
+        """c, moved by a number for each group so that its weighted mean is 0 there, where a group's width never varies.
 
         Both masks of a pair keep as many units then, so cᵀ(m − m′) stays the same; and a common part of c says nothing
-        of which units to keep.
+        of which units to keep. The weights are the shares of a unit in the pairs' variance: s(1 − s) or, of twins,
+        min(s, 1 − s).
         """
         if self._sampler != "fixed":
             return c
-        variance = s * (1 - s)
+        c, s = c.double(), s.double()  # sums in float32 would depend on the number of threads
+        variance = torch.minimum(s, 1 - s) if twins else s * (1 - s)
         shift = [
             (part * weight).sum() / weight.sum().clamp(min=torch.finfo(c.dtype).tiny)
             for part, weight in zip(c.split(self.sizes), variance.split(self.sizes), strict=True)
         ]
-        return torch.cat([part - by for part, by in zip(c.split(self.sizes), shift, strict=True)])
+        return torch.cat([part - by for part, by in zip(c.split(self.sizes), shift, strict=True)]).float()
 
     def _total(self, step: int) -> float:
         """The largest sum of s over all sampled units."""

@@ -32,8 +32,10 @@ class Structure:
         compares twins; where masks follow one another, every second pair is of twins and the others count as "rloo".
         "credit" needs no pairs: s is polarised (starts.py) by how much the loss reacts to each unit, in the backward
         passes of the subnets that had it (credit.py). That is biased: it knows units only as they were trained.
-        "magnitude", a simpler baseline, is the same by the size of the weights that read a unit.
-    control: "linear": what credit predicts of d is taken out of it, and the known mean of that added back.
+        "magnitude", a simpler baseline, is the same by the size of the weights that read a unit. Of both, units that
+        were never trained count alike, whatever `start_from` said of them.
+    control: "linear": what credit predicts of d is taken out of it, and the known mean of that added back. That is
+        exact with "bernoulli"; "fixed" knows the mean but for a factor that all units share.
     explore, explore_steps: for these two: share of a subnet's units that is expected to lie outside the best, and the
         optimizer steps in which that falls to zero, in a straight line; 0: it does not.
     sampler: "fixed" keeps round(sum of s) units of a group, "bernoulli" draws each on its own (samplers.py).
@@ -212,10 +214,10 @@ class Structure:
             estimate = rloo  # the second of twins and the first of the next two: drawn independently
         if self.control == "linear":
             known, difference = self._credit.known(self._pool.sizes), m.float() - m2.float()
-            c = self._pool.centred((self._credit.worth @ known.double()).float(), s)
-            gradient = estimate(s, m, s2, m2, d - float(c @ difference), self.alpha)
+            c = self._pool.centred((self._credit.worth @ known.double()).float(), s, twins=bool(self._drawn.twin[1]))
+            gradient = estimate(s, m, s2, m2, d - float(c.double() @ difference.double()), self.alpha)
             self._flat.grad = gradient + known_mean(estimate, s, s2, c, self.alpha)
-            self._credit.compare(difference, known, d)  # last: it must not know this pair
+            self._credit.compare(difference, known, d)
         else:
             self._flat.grad = estimate(s, m, s2, m2, d, self.alpha)
         self._adam.step()
