@@ -78,16 +78,14 @@ class Offloader:
         layout = probe_optimizer(optimizer, dtype, self.device) if carry else StateLayout({}, {}, None)
         self.steps = self.rounds = 0  # optimizer steps taken; rounds finished
         self.agenda = Agenda(groups, structure, reference)
-        self.report, self.spent, self._closed = RoundReport(), Spent(), False
+        self.report, self.spent, self.transfers, self._closed = RoundReport(), Spent(), Transfers(), False
         self._round: Round | None = None  # None between two rounds
         pin, sampled = self.device.type == "cuda", groups.sliced_by(structure.names)
         self._master = Master(model, layout, materialise=materialise, pin=pin, precision=precision, folder=folder)
         self.mover = choose_mover(transfer, transfer_threads(self.device, overlap=overlap))
         ways = {"sampled": sampled, "carry": carry, "compile": compile, "overlap": overlap}
         self._bench = Workbench(self._master, self.device, optimizer, layout, mover=self.mover, **ways)
-        wanted, magnitude = structure.names if structure.uses_credit else (), structure.estimator == "magnitude"
-        self._crediting = Crediting(model, groups, wanted, magnitude=magnitude)
-        self.transfers = Transfers()
+        self._crediting = Crediting(model, groups, structure.credited, magnitude=structure.estimator == "magnitude")
         self._boundary: Boundary | None = self._make_boundary()
 
     # What a training loop calls
@@ -115,9 +113,8 @@ class Offloader:
             raise RuntimeError("step() follows loss() and a backward pass: this round has seen no loss yet")
         running, subnet = self._round, self._bench.subnet
         ranks.average_gradients(self.accelerator, subnet.parameters)
-        late = running.steps >= self.sync_every - self.structure.paired_batches
-        if late and not self.agenda.settled:  # what has just come in has been trained by then
-            self._crediting.add(subnet.plan, subnet.parameters)
+        if running.steps >= self.sync_every - self.structure.paired_batches and not self.agenda.settled:
+            self._crediting.add(subnet.plan, subnet.parameters)  # what has just come in has been trained by then
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(subnet.parameters.values()), self.clip_norm)
         subnet.optimizer.step()
@@ -260,8 +257,6 @@ class Offloader:
             "report": asdict(self.report),
         }
         return Boundary(numbers, self.structure.state_dict(), memory.random_state(self.device))
-
-    # The round
 
     def _running(self) -> Round:
         if self._closed:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -53,6 +54,10 @@ class Prepared:
     forecast: Forecast
     checkpoint: Checkpoint | None
     """To resume from."""
+
+    def local(self, step: int) -> Any:
+        """This process's share of one step's batch, on the host."""
+        return tasks.shard(self.task.train[step], self.accelerator.process_index, self.accelerator.num_processes)
 
 
 def prepare(config: Config) -> Prepared:

@@ -19,8 +19,6 @@ from offload_trainer.errors import UserError
 from offload_trainer.evaluation import evaluate, evaluate_full
 from offload_trainer.forecast import show_forecast
 from offload_trainer.groups import Plan
-from offload_trainer.importance import importance
-from offload_trainer.initial import match_scale
 from offload_trainer.making import master_folder, resumable
 from offload_trainer.master import CheckpointStore, whole_folder
 from offload_trainer.master.interrupts import undivided
@@ -29,7 +27,7 @@ from offload_trainer.offloader import Offloader
 from offload_trainer.prepare import Prepared, prepare
 from offload_trainer.result import best_of, recalibrate, save_export
 from offload_trainer.rounds import Meter
-from offload_trainer.standins import stand_in
+from offload_trainer.starting import start
 from offload_trainer.tasks import shard
 
 
@@ -83,11 +81,8 @@ def train(config: Config) -> None:
             monitor.message(f"resumed from {run.checkpoint.path}")
         if config.track.trackers:
             accelerator.init_trackers("offload-trainer")
-        if run.checkpoint is None and config.structure.start != "uniform" and run.structure.names:
-            start_structure(config, run, offloader, monitor)
-        if run.checkpoint is None and run.structure.names and config.structure.rescale and task.initialise is not None:
-            changed = match_scale(offloader, task.initialise)
-            monitor.message(f"initial weights: {changed} tensors scaled for the widths of the subnet")
+        if run.checkpoint is None:
+            start(config, run, offloader, monitor)
         boundary = offloader.steps  # where the last round ended
         settle_from = math.ceil(config.steps * (1 - config.structure.settle))
         if config.track.eval_every and not offloader.steps:
@@ -145,29 +140,6 @@ def measured(run: Prepared, offloader: Offloader) -> dict[str, Any]:
     """The offloader's numbers, and how near transfers come to the probed speed of the link."""
     numbers = offloader.measured()
     return {**numbers, "link_share": numbers["bytes_per_second"] / run.forecast.link.both_ways}
-
-
-def start_structure(config: Config, run: Prepared, offloader: Offloader, monitor: Monitor) -> None:
-    """s from the importance of the model's units or, as a baseline, from a random order of them."""
-    section = config.structure
-    batches: list[Any] = []
-    if section.start == "random":
-        generator = torch.Generator().manual_seed(config.seed)
-        scores = {name: torch.rand(len(s), generator=generator) for name, s in run.structure.s.items()}
-    else:
-        batches = [local(run, config.steps + i) for i in range(section.calibration_batches)]
-        scores, by_weight = importance(
-            offloader.model, run.groups, run.structure.names, batches, run.task.loss_fn, run.accelerator
-        )
-        if by_weight:
-            named = ", ".join(by_weight[:3]) + (" and others" if len(by_weight) > 3 else "")
-            monitor.message(f"importance of {len(by_weight)} groups judged by weights alone ({named})")
-    offloader.start_from(scores, section.explore)
-    if batches and section.stand_in and section.settle == 1:
-        layers = stand_in(
-            offloader.model, offloader.master, offloader.agenda.top(), batches, run.task.loss_fn, run.accelerator
-        )
-        monitor.message(f"kept units stand in for the others in {layers} layers")
 
 
 def validate(config: Config, run: Prepared, offloader: Offloader) -> dict[str, float]:
@@ -245,12 +217,7 @@ def device_memory(device: torch.device, held: int) -> dict[str, int]:
 
 def calibration(config: Config, run: Prepared) -> list[Any]:
     """Training batches, of steps after the last, that choose the result and give BatchNorm its statistics."""
-    return [local(run, config.steps + i) for i in range(config.structure.result_batches)]
-
-
-def local(run: Prepared, step: int) -> Any:
-    """This rank's share of one step's batch, on the host."""
-    return shard(run.task.train[step], run.accelerator.process_index, run.accelerator.num_processes)
+    return [run.local(config.steps + i) for i in range(config.structure.result_batches)]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:

@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from offload_trainer import Offloader
+from offload_trainer import Offloader, UserError
 from offload_trainer.device.crediting import Crediting
-from offload_trainer.groups import find_groups
+from offload_trainer.groups import Group, Groups, Plan, Slot, find_groups
 from offload_trainer.groups.readers import find_readers, read_slots
 from offload_trainer.structure import Structure
 from tests import models
@@ -129,6 +129,46 @@ def test_credit_needs_no_second_subnet() -> None:
             assert trainer.report.difference is None or estimator == "rloo"
             assert float(trainer.structure.flat.std()) > 0
     assert kept["credit"] < kept["rloo"]
+
+
+@pytest.mark.parametrize("name", list(models.FAMILIES))
+def test_every_family_can_be_credited_or_left_alone(name: str) -> None:
+    model, _inputs = models.FAMILIES[name]()
+    groups = find_groups(model, _inputs)
+    assert Crediting(model, groups, ()).take(Plan.whole(groups)) is None
+    crediting = Crediting(model, groups, [group.name for group in groups])
+    assert all(slots for slots in crediting._slots.values())
+
+
+def test_a_weight_that_is_computed_reads_nothing() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 5))
+    nn.utils.parametrizations.weight_norm(model[2])
+    assert [reader.path for reader in find_readers(model, find_groups(model, models.vectors(6)))] == ["4"]
+
+
+def test_groups_that_share_elements_are_refused() -> None:
+    shapes = {"w": torch.Size([12, 3])}
+    groups = Groups((Group("heads", 3, (Slot("w", 0, 4),)), Group("features", 12, (Slot("w", 0),))), shapes)
+    model = nn.Module()
+    model.w = nn.Parameter(torch.zeros(12, 3))
+    with pytest.raises(UserError, match="groups 'heads' and 'features' share elements of w"):
+        Crediting(model, groups, ["heads", "features"])
+
+
+def test_a_credit_that_is_not_finite_ends_the_round_before_it_reaches_the_master() -> None:
+    trainer = offloader(network(), control="linear", paired_batches=1)
+    with pytest.raises(UserError, match="what s learns from, a loss of the reference or a gradient"), trainer:
+        batches = data(14)
+        run(trainer, batches[:13])
+        before = {name: tensor.clone() for name, tensor in trainer.master.items()}
+        trainer.accelerator.backward(trainer.loss(batches[13]))
+        trainer._crediting.add(trainer.plan, {n: p for n, p in trainer._bench.subnet.parameters.items()})
+        assert trainer._crediting._sums is not None
+        trainer._crediting._sums += float("nan")
+        trainer.step()
+    assert trainer.boundary().numbers["steps"] == 7
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.master.items())
 
 
 def test_magnitude_is_the_size_of_what_reads_a_unit() -> None:

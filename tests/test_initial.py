@@ -85,12 +85,9 @@ def test_a_run_scales_random_weights_once_and_stored_ones_never(tmp_path: Path) 
     ratio = {n: float(weights["scaled"][n].std() / weights["as it was"][n].std()) for n in weights["scaled"]
              if weights["scaled"][n].ndim == 4}  # fmt: skip
     assert median(ratio.values()) == pytest.approx(2**0.5, rel=0.1)
-    steps = runs.metrics(tmp_path / "scaled")
     assert (
         run.main(["--config", str(config), "--out", str(tmp_path / "scaled"), "--steps", "6", "--resume", "auto"]) == 0
     )
-    again = runs.metrics(tmp_path / "scaled")
-    assert len(again) >= len(steps)
     (file,) = (tmp_path / "scaled" / "checkpoints" / "step-00000006").glob("weights*.safetensors")
     later = load_file(file)
     assert all(torch.allclose(later[n], weights["scaled"][n], atol=1e-4) for n in ratio)

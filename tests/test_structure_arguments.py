@@ -29,6 +29,16 @@ GROUPS = [
         ({"paired_batches": 0}, "structure.paired_batches (0) must be at least 1"),
         ({"min_units": 0}, "structure.min_units (0) must be at least 1"),
         ({"min_units": 5}, "structure.min_units (5) must be at most 4, the units of layers.0.heads"),
+        (
+            {"estimator": "credit", "control": "linear"},
+            "structure.control (linear) must be none with estimator credit, which has no pairs",
+        ),
+        (
+            {"estimator": "credit", "budget": "global"},
+            "structure.budget (global) must be per_group with estimator credit: what it says of different groups does"
+            " not compare",
+        ),
+        ({"explore": 1.0}, "structure.explore (1.0) must be in (0, 1)"),
         ({"estimator": "arm"}, "structure.estimator (arm) must be one of rloo, vr_pge, disarm, credit, magnitude"),
         ({"sampler": "topk"}, "structure.sampler (topk) must be one of fixed, bernoulli"),
         ({"budget": "layer"}, "structure.budget (layer) must be one of per_group, global"),

@@ -37,7 +37,7 @@ def polarised(
             return FLOOR + (1 - 2 * FLOOR) * torch.sigmoid((x - place) / temperature)
 
         low, high = float(x.min()) - 40 * temperature, float(x.max()) + 40 * temperature
-        return s(_root(lambda place: float(s(place).sum()) - within, low, high, 1e-7 * within))
+        return s(_root(lambda place: float(s(place).sum()) - within, low, high, 1e-9 * within))
 
     within = min(max(budget, n * FLOOR), n * (1 - FLOOR))  # what s can sum to
     share = explore * budget
@@ -49,7 +49,7 @@ def polarised(
 
     if beyond(hot) <= 0:
         return uniform
-    return at(math.exp(_root(beyond, cold, hot, 1e-3 * share) if beyond(cold) < 0 else cold)).float()
+    return at(math.exp(_root(beyond, cold, hot, 1e-5 * share) if beyond(cold) < 0 else cold)).float()
 
 
 def _root(f: Callable[[float], float], low: float, high: float, tolerance: float) -> float:

@@ -32,10 +32,9 @@ class Structure:
         compares twins; where masks follow one another, every second pair is of twins and the others count as "rloo".
         "credit" needs no pairs: s is polarised (starts.py) by how much the loss reacts to each unit, in the backward
         passes of the subnets that had it (credit.py). That is biased: it knows units only as they were trained.
-        "magnitude", a simpler baseline, is the same by the size of the weights that read a unit. Of both, units that
-        were never trained count alike, whatever `start_from` said of them.
-    control: "linear": what credit predicts of d is taken out of it, and the known mean of that added back. That is
-        exact with "bernoulli"; "fixed" knows the mean but for a factor that all units share.
+        "magnitude" is the same by the size of the weights that read a unit. Units never trained count alike in both.
+    control: "linear": what credit predicts of d is taken out of it, and the known mean of that added back; exact with
+        "bernoulli", with "fixed" but for a factor that all units share.
     explore, explore_steps: for these two: share of a subnet's units that is expected to lie outside the best, and the
         optimizer steps in which that falls to zero, in a straight line; 0: it does not.
     sampler: "fixed" keeps round(sum of s) units of a group, "bernoulli" draws each on its own (samplers.py).
@@ -101,8 +100,7 @@ class Structure:
         self.control: Control = control
         self.sampler: Sampler = sampler
         self.budget: Budget = budget
-        self.alpha, self.min_units = alpha, min_units
-        self.paired_batches = paired_batches
+        self.alpha, self.min_units, self.paired_batches = alpha, min_units, paired_batches
         self._explore, self._explore_steps = explore, explore_steps
         self._generator = torch.Generator("cpu").manual_seed(seed)
 
@@ -143,9 +141,9 @@ class Structure:
         return self.estimator not in SCORES
 
     @property
-    def uses_credit(self) -> bool:
-        """Whether `update` wants what the backward passes say."""
-        return bool(self.names) and (self.control == "linear" or not self.compares)
+    def credited(self) -> tuple[str, ...]:
+        """The groups of which `update` wants to know what the backward passes say."""
+        return self.names if self.control == "linear" or not self.compares else ()
 
     def set_step(self, step: int) -> None:
         """Moves the schedule to optimizer step `step`; if that changes a budget, s is made to fit it, by projection.
@@ -188,7 +186,7 @@ class Structure:
 
         d: L(m) - L(m′) of the last pair, mean over the paired batches and all ranks. kept: the units that were
         trained, by group. credit: group → (2, kept units), the means over batches of c and c² (credit.py); both are
-        wanted where `uses_credit`. Raises UserError if a number is not finite and RuntimeError if no pair was drawn.
+        wanted of `credited`. Raises UserError if a number is not finite and RuntimeError if no pair was drawn.
         """
         if d is not None and not math.isfinite(d):
             raise UserError(f"loss difference of the paired subnetworks ({d}) must be finite")
