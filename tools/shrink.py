@@ -2,8 +2,8 @@
 
     python tools/shrink.py --minutes 60 --seeds 0 1 [--json FILE] [--picture FILE.svg] [--key value …]
 
-ours: the config as it is: s from importance, exploring until it settles.
-fixed: the same widths, chosen once by the same importance, then trained as an ordinary dense model.
+ours: s from importance, exploring until it settles after half of the run.
+fixed: the config as it is: the same widths, chosen once by the same importance, then trained as a dense model.
 plain: as fixed, but what is kept does not stand in for what is left out: ordinary structured pruning.
 random: the same widths, chosen at random, then trained.
 full: the whole model fine-tuned, as the upper bound.
@@ -34,7 +34,7 @@ from offload_trainer.errors import UserError
 ROOT = Path(__file__).parent.parent
 WHOLE = ["--structure.keep", "null", "--structure.groups", '{"*": 1.0}', "--structure.start", "uniform"]
 CONTENDERS: dict[str, list[str]] = {
-    "ours": [],
+    "ours": ["--structure.settle", "0.5"],
     "fixed": ["--structure.settle", "1"],
     "plain": ["--structure.settle", "1", "--structure.stand_in", "false"],
     "random": ["--structure.settle", "1", "--structure.start", "random"],
