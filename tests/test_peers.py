@@ -18,7 +18,7 @@ import bench
 import tables
 from benchmarks.peers import Options, child, comparison, torchao, zero
 from benchmarks.peers.contenders import CONTENDERS, Contender
-from benchmarks.peers.measuring import counted_flops, link_bytes_of
+from benchmarks.peers.measuring import ATTENTION, KERNELS, counted_flops, link_bytes_of
 from benchmarks.peers.sizes import SIZES, architecture
 from benchmarks.peers.trainer import Trainer
 from benchmarks.records import Record, Setting
@@ -224,6 +224,14 @@ def test_operations_of_a_turn_are_per_step() -> None:
 
     trainer = Trainer(step, parameters=64, trained=64, link_bytes=lambda: 0.0, link_source="", turn=2)
     assert counted_flops(trainer) == 2 * 8**3 / 2
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_queries_that_share_keys_count_as_if_each_had_its_own(kernel: str) -> None:
+    q, shared = (2, 8, 16, 4), (2, 2, 16, 4)
+    forward, backward = (getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}{way}") for way in ("", "_backward"))
+    assert ATTENTION[forward](q, shared, shared) == 2 * (2 * 2 * 8 * 16 * 16 * 4)  # scores, and what they weigh
+    assert ATTENTION[backward](q, q, shared, shared) == 5 * (2 * 2 * 8 * 16 * 16 * 4)
 
 
 def test_sizes_are_what_they_are_called() -> None:

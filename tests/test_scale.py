@@ -67,8 +67,8 @@ def test_full_models_grow_as_they_say() -> None:
 
 def test_a_process_that_ends_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scale.sys, "executable", shutil.which("false"))
-    with pytest.raises(UserError, match="ended with exit code 1"):
-        scale.FullModel(17, scale.SHAPES["quick"], "no")
+    with scale.FullModel(17, scale.SHAPES["quick"], "no") as model, pytest.raises(UserError, match="exit code 1"):
+        model.round()
 
 
 def test_start_says_where_its_seconds_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,8 +53,8 @@ JOBS = {
         "small, 2 bytes": Job(SIZES["small"], 0.25, "bf16", "reset", rounds=3),
     },
     "cuda": {
-        "3B, 12 bytes": Job(replace(SIZES["3B"], batch=8), 0.25, "fp32", "carry", rounds=12),
-        "40B, 2 bytes": Job(LARGEST, 0.125, "bf16", "reset", rounds=6),
+        "3B, 12 bytes": Job(replace(SIZES["3B"], batch=8), 0.25, "fp32", "carry", rounds=8),
+        "40B, 2 bytes": Job(LARGEST, 0.125, "bf16", "reset", rounds=4),
     },
 }
 """By setting: model and bytes a parameter on the host."""
@@ -97,7 +97,7 @@ def train(job: Job) -> dict[str, Any]:
     started = perf_counter()
     cuda = torch.cuda.is_available()
     accelerator = Accelerator(mixed_precision="bf16" if cuda else "no", cpu=not cuda)
-    device = accelerator.device
+    device = torch.device("cuda", 0) if cuda else accelerator.device  # the cap wants an index
     if job.cap is not None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, job.cap / torch.cuda.mem_get_info(device)[1]), device)
     size = replace(job.size, vocabulary=256)  # bytes

@@ -15,8 +15,11 @@ from offload_trainer import Offloader, Structure
 from offload_trainer.groups import slice_module
 
 KEEP = 0.5  # of every group, so a quarter of the weights
-TURNS = {50: (3, 2), 10: (4, 4), 200: (2, 1)}  # K → timed turns of each contender, rounds in a turn
-QUICK_TURNS = {50: (2, 1)}
+TURNS = {  # K → timed turns of each contender, rounds in a turn
+    "quick": {50: (2, 1)},
+    "cpu": {50: (3, 2), 10: (4, 4), 200: (2, 1)},
+    "cuda": {50: (3, 1), 10: (3, 3), 200: (2, 1)},
+}
 AIM = {"cpu": 0.93, "cuda": 0.97}  # overlapping, at K = 50
 
 
@@ -34,14 +37,14 @@ def workloads(size: str) -> list[Workload]:
             ]
         case _:
             return [
-                llama(hidden=4096, intermediate=14336, heads=32, layers=8, batch=8, sequence=1024),
-                vision("resnet32", width=16, batch=256),
+                llama(hidden=4096, intermediate=14336, heads=32, layers=4, batch=8, sequence=1024),
+                vision("resnet32", width=8, batch=256),
             ]
 
 
 def measure(setting: Setting) -> Iterator[Record]:
     for workload in workloads(setting.size):
-        for sync_every, (turns, rounds) in (QUICK_TURNS if setting.quick else TURNS).items():
+        for sync_every, (turns, rounds) in TURNS[setting.size].items():
             yield from compare(setting, workload, sync_every, turns, rounds)
 
 

@@ -54,7 +54,7 @@ class Shape:
 SHAPES = {
     "quick": Shape(head=4, mlp=8, layers=1, batch=2, sequence=16, sync_every=8, repeats=2),
     "cpu": Shape(head=32, mlp=96, layers=2, batch=4, sequence=128, sync_every=20, repeats=7),
-    "cuda": Shape(head=128, mlp=384, layers=2, batch=8, sequence=1024, sync_every=50, repeats=11),
+    "cuda": Shape(head=128, mlp=384, layers=2, batch=8, sequence=1024, sync_every=50, repeats=5),
 }
 """Of the full models of all sizes together the masters hold 0.3 million, 0.24 and 3.8 billion parameters."""
 
@@ -65,6 +65,8 @@ def measure(setting: Setting) -> Iterator[Record]:
     sizes = QUICK if setting.quick else tuple(HEADS)
     with ExitStack() as stack:
         models = {times: stack.enter_context(FullModel(HEADS[times], shape, precision)) for times in sizes}
+        for model in models.values():
+            model.round()  # its first; also waits until it is there, so that none starts while another is timed
         rounds: dict[int, list[dict[str, float]]] = {times: [] for times in sizes}
         for _ in range(shape.repeats):
             for times, model in models.items():
@@ -125,11 +127,6 @@ class FullModel:
             stdout=subprocess.PIPE,
             text=True,
         )
-        try:
-            self.round()  # its first; also waits until it is there, so that none starts while another is timed
-        except BaseException:
-            self.__exit__()
-            raise
 
     def round(self) -> dict[str, float]:
         """Have it train a round; seconds of its parts, and bytes."""

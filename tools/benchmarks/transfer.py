@@ -22,7 +22,7 @@ from offload_trainer.master import Master, Slab, StateLayout
 from offload_trainer.master.precision import FP32
 
 KEEP = (0.5, 0.25)  # of every group, so of every axis
-REPEATS = {"quick": 3, "cpu": 11, "cuda": 11}
+REPEATS = {"quick": 3, "cpu": 11, "cuda": 7}
 AIM = {"cpu": 0.6, "cuda": 0.8}  # of gather and write-back together
 
 
@@ -31,7 +31,7 @@ def workload(size: str) -> Workload:
     shape = {
         "quick": {"hidden": 256, "intermediate": 512, "heads": 4, "layers": 2},
         "cpu": {"hidden": 1024, "intermediate": 4096, "heads": 16, "layers": 8},  # 0.54 GB
-        "cuda": {"hidden": 4096, "intermediate": 14336, "heads": 32, "layers": 8},  # 7.8 GB
+        "cuda": {"hidden": 4096, "intermediate": 14336, "heads": 32, "layers": 4},  # 3.9 GB
     }[size]
     return llama(**shape, batch=1, sequence=16)
 

@@ -16,15 +16,32 @@ from benchmarks.peers.sizes import Size
 from benchmarks.peers.trainer import Trainer
 from offload_trainer.device import memory
 
+Shape = tuple[int, ...]
+"""(batch, heads, tokens, features of a head)."""
 LEAST, MOST = 3, 30
 """Timed turns."""
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
-        sdpa_backward_flop_count(grad, q, k, v)
-    ),
+
+
+def _attention(q: Shape, k: Shape, v: Shape, *_: object, **__: object) -> int:
+    return sdpa_flop_count(q, _repeated(k, q), _repeated(v, q))
+
+
+def _attention_backward(grad: Shape, q: Shape, k: Shape, v: Shape, *_: object, **__: object) -> int:
+    return sdpa_backward_flop_count(grad, q, _repeated(k, q), _repeated(v, q))
+
+
+def _repeated(shared: Shape, q: Shape) -> Shape:
+    """Keys or values with a head for each of the queries, which share them."""
+    return (shared[0], q[1], *shared[2:])
+
+
+KERNELS = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+ATTENTION = {
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}{direction}"): formula
+    for kernel in KERNELS
+    for direction, formula in (("", _attention), ("_backward", _attention_backward))
 }
-"""Which torch's counter leaves out; counted as it counts the kernels of a GPU."""
+"""torch's counter leaves the CPU's kernel out, and refuses heads of queries that share keys and values."""
 
 
 def measured(trainer: Trainer, size: Size, device: torch.device, seconds: float) -> dict[str, Any]:
@@ -86,7 +103,7 @@ def timed(trainer: Trainer, device: torch.device, seconds: float) -> tuple[list[
 def counted_flops(trainer: Trainer) -> float:
     """Floating-point operations of a step's matrix products, all of a turn's, of forwards, backwards and what is
     computed again; elementwise work and the optimizer are not counted."""
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         for _ in range(trainer.turn):
             trainer.step()
     return counter.get_total_flops() / trainer.turn
