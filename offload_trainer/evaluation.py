@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, cpu_offload
-from accelerate.utils import send_to_device
+from accelerate.utils import AutocastKwargs, send_to_device
 from torch import Tensor, nn
 
 from offload_trainer.device import ranks
 from offload_trainer.groups.slicing import named_tensors, with_tensors
 
 MetricsFn = Callable[[nn.Module, Any], Mapping[str, Tensor]]
+UNCACHED = AutocastKwargs(cache_enabled=False)
+"""Autocast keeps what it has narrowed until it ends: of a master that passes through the device, all of it."""
 
 
 @torch.no_grad()
@@ -31,7 +33,7 @@ def evaluate(
     for i in range(accelerator.process_index, len(batches), accelerator.num_processes):
         batch = send_to_device(batches[i], accelerator.device)
         weight = count(batch)
-        with accelerator.autocast():
+        with accelerator.autocast(UNCACHED):
             metrics = metrics_fn(module, batch)
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + float(value) * weight
@@ -67,5 +69,6 @@ def streamed(model: nn.Module, accelerator: Accelerator) -> Iterator[nn.Module]:
         # Hooks replace the parameters of what they are attached to, so they get a copy that shares the master's memory.
         module = with_tensors(model, {name: tensor.detach() for name, tensor in named_tensors(model).items()})
         cpu_offload(module, accelerator.device)
-    with torch.autocast(accelerator.device.type, torch.bfloat16) if narrow else accelerator.autocast():
+    device = accelerator.device.type
+    with torch.autocast(device, torch.bfloat16, cache_enabled=False) if narrow else accelerator.autocast(UNCACHED):
         yield module

@@ -137,6 +137,7 @@ def make_predictor(
         parts = accelerator.num_processes * config.micro_batches
         batch = tasks.shard(task.train[0], 0, parts, "the number of processes times micro_batches")
     batch, val_batch = send_to_device(batch, device), send_to_device(task.val[0], device)
+    memory.load_libraries(device)
     optimizer_cost(optimizer, torch.float32, device)  # what a first step imports and starts is there from now on
     memory.give_back()
     every, keep_last = config.checkpoint.every, config.checkpoint.keep_last

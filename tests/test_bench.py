@@ -17,7 +17,7 @@ from offload_trainer.device.subnet import Subnet
 from offload_trainer.device.transfer import Transfer
 from offload_trainer.groups import Plan, random_plan, slice_module
 from offload_trainer.groups.slicing import named_tensors
-from offload_trainer.master import Master, StateLayout
+from offload_trainer.master import Master, Slab, StateLayout
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
@@ -180,7 +180,7 @@ def test_transferred_values_are_the_masters(keep: float) -> None:
     for name, tensor in named_tensors(subnet.module).items():
         assert torch.equal(tensor.flatten(), before[name][slicing.mask_of(plan, name)])
         tensor.detach().neg_()
-    moves.merge(subnet.slabs, master.tensors, plan, delta=True)
+    moves.merge(map(Slab.whole, subnet.slabs), master.tensors, plan, delta=True)
     for name, tensor in master.tensors.items():
         mask = slicing.mask_of(plan, name)
         assert torch.equal(tensor, torch.where(mask, -before[name], before[name]))

@@ -154,9 +154,10 @@ def slabs_through(staged: bool, pinned: list[int]) -> tuple[Tensor, Transfer, fl
         part += step
         exact += step.double().square().sum().item()
     out, expected = moves.staging(kinds, [slab], "weights"), FP32.rounding(5, "weights").narrow(slab.flat, 0)
-    excess = moves.unload([slab], out, FP32.rounding(5, "weights"))
+    unloading = moves.unload([slab], out, FP32.rounding(5, "weights"))
+    parts, excess = list(unloading.parts), unloading.excess()
     assert torch.equal(out[0].flat, expected) and torch.equal(slab.flat, expected.float())
-    squared = moves.merge(out, master, plan, delta=True) - excess
+    squared = moves.merge(parts, master, plan, delta=True) - excess
     assert moves.work.nbytes == 2 * slab.nbytes // 2
     assert moves.staging_bytes == slab.nbytes // 2 and bool(pinned) == staged
     moves.close()

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offload_trainer.device import elements, memory
+from offload_trainer.device import elements, memory, transfer
 from offload_trainer.device.elements import gather_into, scatter_from
 from offload_trainer.device.transfer import Layout, Transfer
 from offload_trainer.groups import Group, Groups, Plan, Slot
@@ -90,6 +90,12 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return held
 
 
+@pytest.fixture(params=[1, transfer.PART], ids=["a tensor a part", "one part"])
+def part(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "PART", request.param)
+
+
+@pytest.mark.usefixtures("part")
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sets(st.integers(0, 8), min_size=1), st.sets(st.integers(0, 2), min_size=1), st.booleans())
 def test_slabs_move_whole(pinned: list[int], units: set[int], heads: set[int], staged: bool):
@@ -110,8 +116,11 @@ def test_slabs_move_whole(pinned: list[int], units: set[int], heads: set[int], s
         assert torch.equal(part, master[name][mesh(master[name], plan.indices(name))])
         part += 1
     out = moves.staging(kinds, [slab], "weights")
-    assert moves.unload([slab], out, FP32.rounding(0, "weights")) == 0
-    squared = moves.merge(out, master, plan, delta=True)
+    unloading = moves.unload([slab], out, FP32.rounding(0, "weights"))
+    parts = list(unloading.parts)
+    assert [name for part in parts for name in part.names] == list(slab) and unloading.excess() == 0
+    assert len(parts) == (4 if transfer.PART == 1 else 1)
+    squared = moves.merge(parts, master, plan, delta=True)
     numel = sum(part.numel() for part in slab.values())
     assert squared == pytest.approx(numel, rel=1e-5)
     assert moves.work.nbytes == 2 * slab.nbytes

@@ -85,8 +85,13 @@ def patch(target: Tensor, source: Tensor, places: tuple[Index, Index]) -> None:
 
 def distance(new: Tensor, old: Tensor) -> float:
     """Σ (new − old)², in float32 at least."""
+    return float(norm(new, old)) ** 2
+
+
+def norm(new: Tensor, old: Tensor) -> Tensor:
+    """Euclidean norm of new − old, in float32 at least; of no axes, where the tensors are."""
     wide = torch.promote_types(torch.promote_types(new.dtype, old.dtype), torch.float32)
-    return float(torch.linalg.vector_norm(new.to(wide) - old.to(wide))) ** 2
+    return torch.linalg.vector_norm(new.to(wide) - old.to(wide))
 
 
 def _all(kept: Tensor | None, size: int) -> Tensor:

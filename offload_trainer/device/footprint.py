@@ -105,7 +105,7 @@ def training_footprint(
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda p: _note_gradient(live, p))
-        with _autocast(module, autocast), countable_on_fake_tensors(module):
+        with _autocast(module, autocast, cached=True), countable_on_fake_tensors(module):
             loss = loss_fn(module, batch)
         loss.backward()
     return Footprint(live.peak, live.gradients_at_peak, live.heap_at_peak, live.largest)
@@ -115,9 +115,9 @@ def training_footprint(
 def forward_footprint(
     module: nn.Module, function: Callable[[nn.Module, Any], Any], batch: Any, *, autocast: bool
 ) -> Footprint:
-    """Of one forward of a `skeleton` without gradients, in evaluation mode."""
+    """Of one forward of a `skeleton` without gradients, in evaluation mode, whose autocast keeps nothing."""
     module.eval()
-    with _live(module, batch) as live, _autocast(module, autocast), countable_on_fake_tensors(module):
+    with _live(module, batch) as live, _autocast(module, autocast, cached=False), countable_on_fake_tensors(module):
         function(module, batch)
     return Footprint(live.peak, 0, live.heap_at_peak, live.largest)
 
@@ -131,9 +131,9 @@ def _note_gradient(live: LiveBytes, parameter: Tensor) -> None:
     live.gradients += parameter.grad.untyped_storage().nbytes()
 
 
-def _autocast(module: nn.Module, enabled: bool) -> torch.autocast:
+def _autocast(module: nn.Module, enabled: bool, *, cached: bool) -> torch.autocast:
     device = next(module.parameters()).device
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=cached)
 
 
 @dataclass(frozen=True)

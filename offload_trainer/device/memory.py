@@ -5,6 +5,7 @@ import gc
 import os
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,23 @@ def workspace_bytes(device: torch.device) -> int:
         return 0
     hopper = torch.cuda.get_device_capability(device) >= (9, 0)
     return 2 * (8 * 4096 if hopper else 2 * 4096 + 8 * 16) * 1024  # torch's defaults of CUBLAS_WORKSPACE_CONFIG
+
+
+def load_libraries(device: torch.device) -> None:
+    """Have those of a GPU's matrix products loaded, which take hundreds of MiB of host memory when first used."""
+    if device.type == "cuda":
+        for dtype in (torch.float32, torch.bfloat16):
+            weight = torch.ones(16, 16, dtype=dtype, device=device, requires_grad=True)
+            (weight @ weight).sum().backward()
+
+
+def mark(device: torch.device) -> Callable[[], None]:
+    """What waits, when called, until the device has done all that it was given before now; on a CPU for nothing."""
+    if device.type != "cuda":
+        return lambda: None
+    event = torch.cuda.Event(blocking=True)  # the host's cores may be busy with something better than asking
+    event.record(torch.cuda.current_stream(device))
+    return event.synchronize
 
 
 def synchronize(device: torch.device) -> None:

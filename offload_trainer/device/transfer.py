@@ -1,28 +1,32 @@
 """Gather (master → device) and write-back (device → master) of what a plan keeps, each in two steps.
 
 The host's step moves elements between the master and staging, slabs of the master's types that are laid out as the
-device's; it may go on in the background. The link's step moves staging and the device's slabs into each other, one copy
-a slab; it is where types change, so a narrow master means fewer bytes on the link. On a CPU a slab is its own staging
-where types agree and nothing overlaps.
+device's; it may go on in the background. The link's step moves staging and the device's slabs into each other; it is
+where types change, so a narrow master means fewer bytes on the link. Where both steps are waited for, a slab goes in
+parts: the host moves one while another crosses. On a CPU a slab is its own staging where types agree and nothing
+overlaps.
 
 A write-back to a narrower master rounds at random (master/precision.py) and leaves on the device what it rounded to:
 between rounds the device holds what the master holds.
 """
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from offload_trainer.device.elements import distance
+from offload_trainer.device import memory
+from offload_trainer.device.elements import norm
 from offload_trainer.device.movers import Mover, Plain
 from offload_trainer.device.pipeline import in_background
 from offload_trainer.groups.plan import Plan
 from offload_trainer.master.precision import Rounding
-from offload_trainer.master.slab import Slab
+from offload_trainer.master.slab import Part, Slab
 
+PART = 2**25
+"""Bytes of a slab that cross the link at once, while the host moves others: a millisecond, or less."""
 LINK_CHUNK = 2**21
 """Elements whose type changes at a time: up to 20 bytes of scratch each, on the device."""
 
@@ -54,11 +58,25 @@ class Work:
     """Seconds of the host's steps; they may have been spent in the background."""
     writeback: float = 0.0
     link: float = 0.0
-    """Seconds of the link's steps, both ways."""
+    """Seconds of the link's steps, both ways, that no host's step of the same slab went on beside."""
     waited: float = 0.0
     """Seconds that training waited: for the link, for the host's steps outside the background, for the background."""
     nbytes: int = 0
     """Gathered and written back, in the master's types."""
+
+
+@dataclass
+class Unloading:
+    """Copies from the device that are under way."""
+
+    parts: Iterator[Part]
+    """Of staging, each once it has arrived: the host waits for it."""
+    errors: list[Tensor]
+    """Norms of what rounding changed, on the device."""
+
+    def excess(self) -> float:
+        """Σ (value − rounded value)². The host waits for the device."""
+        return sum(float(error) ** 2 for error in self.errors)
 
 
 class Transfer:
@@ -82,27 +100,40 @@ class Transfer:
         self, full: Mapping[str, Tensor], kinds: Iterable[Layout], slabs: Sequence[Slab], plan: Plan, use: str
     ) -> None:
         """Device ← what the plan keeps of the master: both steps at once."""
-        staged = self.staging(kinds, slabs, use)
-        self.gather(full, staged, plan)
-        self.load(staged, slabs)
+        for source, target in zip(self.staging(kinds, slabs, use), slabs, strict=True):
+            for part in source.parts(PART):
+                self.gather(full, [part], plan)
+                self._send(part.flat, target.flat[part.place])
+        self._wait()
 
-    def gather(self, full: Mapping[str, Tensor], staged: Iterable[Slab], plan: Plan) -> None:
+    def gather(self, full: Mapping[str, Tensor], staged: Iterable[Part], plan: Plan) -> None:
         """Staging ← what the plan keeps of the master."""
         start = perf_counter()
-        for slab in staged:
-            self._mover.gather([(slab[name], full[name], plan.indices(name)) for name in slab])
-            self.work.nbytes += slab.nbytes
+        for part in staged:
+            self._mover.gather([(part.slab[name], full[name], plan.indices(name)) for name in part.names])
+            self.work.nbytes += part.nbytes
         self._took("gather", start)
 
     def load(self, staged: Iterable[Slab], slabs: Iterable[Slab]) -> None:
         """Device ← staging. The host waits here for the link."""
-        start = perf_counter()
         for source, target in zip(staged, slabs, strict=True):
-            if source.flat.dtype != target.flat.dtype:
-                for there, here in zip(target.flat.split(LINK_CHUNK), source.flat.split(LINK_CHUNK), strict=True):
-                    there.copy_(here.to(there.device))
-            elif source is not target:
-                target.flat.copy_(source.flat)
+            self._send(source.flat, target.flat)
+        self._wait()
+
+    def _send(self, here: Tensor, there: Tensor) -> None:
+        """Device ← staging; may be under way still. On a CPU both may be the same."""
+        start = perf_counter()
+        if here.dtype != there.dtype:
+            for target, source in zip(there.split(LINK_CHUNK), here.split(LINK_CHUNK), strict=True):
+                target.copy_(source.to(target.device, non_blocking=True))
+        elif here.data_ptr() != there.data_ptr():
+            there.copy_(here, non_blocking=True)
+        self._took("link", start)
+
+    def _wait(self) -> None:
+        """For what is under way."""
+        start = perf_counter()
+        memory.mark(self._device)()
         self._took("link", start)
 
     def arrived(self, staged: Slab, dtype: torch.dtype) -> Slab:
@@ -113,31 +144,40 @@ class Transfer:
         self.load([staged], [new])
         return new
 
-    def unload(self, slabs: Iterable[Slab], staged: Iterable[Slab], rounding: Rounding) -> float:
-        """Staging ← device, rounded where the master is narrower. The host waits here for the round's last kernels.
-
-        Returns Σ (value − rounded value)².
-        """
-        start, squared = perf_counter(), 0.0
+    def unload(self, slabs: Iterable[Slab], staged: Iterable[Slab], rounding: Rounding) -> "Unloading":
+        """Staging ← device, rounded where the master is narrower, after the round's last kernels; under way still."""
+        start = perf_counter()
+        queued: list[tuple[Part, Callable[[], None]]] = []
+        errors: list[Tensor] = []
         for source, target in zip(slabs, staged, strict=True):
-            if source.flat.dtype != target.flat.dtype:
-                for here, there in zip(target.flat.split(LINK_CHUNK), source.flat.split(LINK_CHUNK), strict=True):
-                    rounded = rounding.narrow(there, int(there.storage_offset()))
-                    squared += distance(there, rounded)
-                    there.copy_(rounded)
-                    here.copy_(rounded)
-            elif source is not target:
-                target.flat.copy_(source.flat)
+            for part in target.parts(PART):
+                there, here = source.flat[part.place], part.flat
+                if here.dtype != there.dtype:
+                    for value, narrow in zip(there.split(LINK_CHUNK), here.split(LINK_CHUNK), strict=True):
+                        rounded = rounding.narrow(value, int(value.storage_offset()))
+                        errors.append(norm(value, rounded))
+                        value.copy_(rounded)
+                        narrow.copy_(rounded, non_blocking=True)
+                elif here.data_ptr() != there.data_ptr():
+                    here.copy_(there, non_blocking=True)
+                queued.append((part, memory.mark(self._device)))
         self._took("link", start)
-        return squared
+        return Unloading(self._arriving(queued), errors)
 
-    def merge(self, staged: Iterable[Slab], full: Mapping[str, Tensor], plan: Plan, *, delta: bool = False) -> float:
+    def _arriving(self, queued: Iterable[tuple[Part, Callable[[], None]]]) -> Iterator[Part]:
+        for part, wait in queued:
+            start = perf_counter()
+            wait()
+            self._took("link", start)
+            yield part
+
+    def merge(self, staged: Iterable[Part], full: Mapping[str, Tensor], plan: Plan, *, delta: bool = False) -> float:
         """Master ← staging. With `delta`, returns Σ (new − old)²."""
         start, squared = perf_counter(), 0.0
-        for slab in staged:
-            pairs = [(slab[name], full[name], plan.indices(name)) for name in slab]
+        for part in staged:
+            pairs = [(part.slab[name], full[name], plan.indices(name)) for name in part.names]
             squared += self._mover.scatter(pairs, delta=delta)
-            self.work.nbytes += slab.nbytes
+            self.work.nbytes += part.nbytes
         self._took("writeback", start)
         return squared
 

@@ -25,7 +25,7 @@ from offload_trainer.device.transfer import Transfer, Work, limited
 from offload_trainer.groups.plan import Plan
 from offload_trainer.master.master import Master
 from offload_trainer.master.moments import OptimizerFactory, StateLayout
-from offload_trainer.master.slab import Slab
+from offload_trainer.master.slab import Part, Slab
 
 Compile = bool | Literal["graphs"]
 
@@ -78,6 +78,8 @@ class Workbench:
         """Steps of the moments of entries of mixed age (see master/moments.py)."""
         self.trained = ""
         """Digest of the plan trained last: a plan that is trained twice running keeps its clock."""
+        self._squared = 0.0
+        """Σ (new − old)² of the weights that the write-back under way has merged."""
         self.written = Written()
         """The last write-back that came to its end."""
         self.broken = False
@@ -124,15 +126,17 @@ class Workbench:
         subnet, rounding = self.subnet, self._master.precision.rounding
         subnet.end()
         self.clock += steps
+        self._squared = 0.0
         staged = self.transfer.staging(subnet.kinds, subnet.slabs, "weights")
-        excess = self.transfer.unload(subnet.slabs, staged, rounding(round, "weights"))
-        self.pipeline.do(partial(self._merge_weights, staged, subnet.plan, excess))
+        unloading = self.transfer.unload(subnet.slabs, staged, rounding(round, "weights"))
+        for part in unloading.parts:
+            self.pipeline.do(partial(self._merge_weights, part, subnet.plan))
         for moment in subnet.moments:
             slabs = subnet.moment_slabs(moment)
             staged = self.transfer.staging(subnet.moment_kinds(moment), slabs, moment)
-            self.transfer.unload(slabs, staged, rounding(round, moment))
-            self.pipeline.do(partial(self._merge_moments, staged, moment, subnet.plan))
-        self.pipeline.do(self._ended)
+            for part in self.transfer.unload(slabs, staged, rounding(round, moment)).parts:
+                self.pipeline.do(partial(self._merge_moments, part, moment, subnet.plan))
+        self.pipeline.do(partial(self._ended, unloading.excess()))
         return before if self._overlap else self.written
 
     @torch.no_grad()
@@ -208,8 +212,8 @@ class Workbench:
         share with the plan that is being trained."""
         weights, moments = self._ahead()
         for moment, staged in moments.items():
-            self.transfer.gather(self._master.moments[moment], staged, following)
-        self.transfer.gather(self._master.tensors, weights, later)
+            self.transfer.gather(self._master.moments[moment], map(Slab.whole, staged), following)
+        self.transfer.gather(self._master.tensors, map(Slab.whole, weights), later)
         for plan in (following, later):
             for name in self._sampled:
                 _ = self.subnet.plan.shared(plan, name)
@@ -236,17 +240,17 @@ class Workbench:
                 beside[name].copy_(arrived[name])
         subnet.plan, reference.plan = plan, later
 
-    def _merge_weights(self, staged: list[Slab], plan: Plan, excess: float) -> None:
+    def _merge_weights(self, part: Part, plan: Plan) -> None:
         self.broken = True
-        squared = self.transfer.merge(staged, self._master.tensors, plan, delta=True)
+        self._squared += self.transfer.merge([part], self._master.tensors, plan, delta=True)
+
+    def _merge_moments(self, part: Part, moment: str, plan: Plan) -> None:
+        self.transfer.merge([part], self._master.moments[moment], plan)
+
+    def _ended(self, excess: float) -> None:
         # Of rounded values: an unbiased estimate, less what rounding adds to it in expectation.
-        self._delta_norm = max(0.0, squared - excess) ** 0.5
-
-    def _merge_moments(self, staged: list[Slab], moment: str, plan: Plan) -> None:
-        self.transfer.merge(staged, self._master.moments[moment], plan)
-
-    def _ended(self) -> None:
-        self.written, self.broken = Written(self._delta_norm, replace(self.transfer.work)), False
+        delta_norm = max(0.0, self._squared - excess) ** 0.5
+        self.written, self.broken = Written(delta_norm, replace(self.transfer.work)), False
 
     def clear(self) -> None:
         """Forget what is on the device."""

@@ -4,6 +4,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -82,6 +83,22 @@ class Slab(Mapping[str, Tensor]):
             self.flat[start + shape.numel() : end] = 0  # what arithmetic over all of `flat` finds there
             start = end
 
+    def parts(self, nbytes: int) -> Iterator["Part"]:
+        """All of it, as neighbours of at least so many bytes (but for the last)."""
+        start = end = 0
+        names: list[str] = []
+        for name, view in self._views.items():
+            names.append(name)
+            end += _padded(view.numel())
+            if (end - start) * self.flat.element_size() >= nbytes:
+                yield Part(self, tuple(names), slice(start, end))
+                start, names = end, []
+        if names:
+            yield Part(self, tuple(names), slice(start, end))
+
+    def whole(self) -> "Part":
+        return Part(self, tuple(self), slice(None))
+
     def pin(self) -> None:
         """Register exactly these bytes with CUDA (no rounding up); what is in them stays."""
         if self.flat.numel() and not self._pinned:
@@ -111,3 +128,21 @@ class Slab(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._views)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Neighbours in a slab."""
+
+    slab: Slab
+    names: tuple[str, ...]
+    place: slice
+    """In the slab's flat tensor."""
+
+    @property
+    def flat(self) -> Tensor:
+        return self.slab.flat[self.place]
+
+    @property
+    def nbytes(self) -> int:
+        return self.flat.nbytes

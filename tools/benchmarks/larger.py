@@ -54,7 +54,7 @@ JOBS = {
     },
     "cuda": {
         "3B, 12 bytes": Job(replace(SIZES["3B"], batch=8), 0.25, "fp32", "carry", rounds=8),
-        "40B, 2 bytes": Job(LARGEST, 0.125, "bf16", "reset", rounds=4),
+        "40B, 2 bytes": Job(LARGEST, 0.0625, "bf16", "reset", rounds=4),
     },
 }
 """By setting: model and bytes a parameter on the host."""

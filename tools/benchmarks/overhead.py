@@ -18,7 +18,7 @@ KEEP = 0.5  # of every group, so a quarter of the weights
 TURNS = {  # K → timed turns of each contender, rounds in a turn
     "quick": {50: (2, 1)},
     "cpu": {50: (3, 2), 10: (4, 4), 200: (2, 1)},
-    "cuda": {50: (3, 1), 10: (3, 3), 200: (2, 1)},
+    "cuda": {50: (5, 1), 10: (3, 3), 200: (1, 1)},
 }
 AIM = {"cpu": 0.93, "cuda": 0.97}  # overlapping, at K = 50
 
@@ -37,8 +37,8 @@ def workloads(size: str) -> list[Workload]:
             ]
         case _:
             return [
-                llama(hidden=4096, intermediate=14336, heads=32, layers=4, batch=8, sequence=1024),
-                vision("resnet32", width=8, batch=256),
+                llama(hidden=4096, intermediate=14336, heads=32, layers=4, batch=4, sequence=1024),
+                vision("resnet32", width=8, batch=128),
             ]
 
 

@@ -77,8 +77,8 @@ def compare(setting: Setting, master: Master, groups: Groups, keep: float) -> It
 
     def write_back(transfer: Transfer) -> None:
         staged = transfer.staging(subnet.kinds, subnet.slabs, "weights")
-        transfer.unload(subnet.slabs, staged, FP32.rounding(0, "weights"))
-        transfer.merge(staged, master.tensors, subnet.plan, delta=True)
+        parts = transfer.unload(subnet.slabs, staged, FP32.rounding(0, "weights")).parts
+        transfer.merge(parts, master.tensors, subnet.plan, delta=True)
 
     transfers = {way: Transfer(device, mover=mover) for way, mover in movers().items()}
     contenders: dict[str, Callable[[], object]] = {"copy in": lambda: there.flat.copy_(host.flat)}

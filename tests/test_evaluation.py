@@ -1,0 +1,43 @@
+"""What validation keeps while the master passes through the device."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from offload_trainer.device.footprint import LiveBytes, forward_footprint, skeleton
+from offload_trainer.evaluation import evaluate_full, streamed
+from offload_trainer.groups import Groups, Plan
+from offload_trainer.groups.slicing import named_tensors
+
+CPU = torch.device("cpu")
+
+
+def deep() -> nn.Module:
+    return nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(20)))
+
+
+def metrics(module: nn.Module, batch: Tensor) -> dict[str, Tensor]:
+    return {"loss": module(batch).float().square().mean()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["autocast", "stored narrow"])
+def test_a_pass_keeps_no_narrow_copies_of_weights(dtype: torch.dtype) -> None:
+    """Which would be the whole master, on a device that it does not fit."""
+    model = deep().to(dtype)
+    accelerator = Accelerator(mixed_precision="bf16" if dtype == torch.float32 else "no", cpu=True)
+    batches = [torch.ones(2, 64) for _ in range(3)]
+    layer = 64 * 64 * 2
+    with LiveBytes(named_tensors(model).values()) as live:
+        evaluate_full(model, batches, metrics, len, accelerator)
+    assert live.peak < 3 * layer
+    with streamed(model, accelerator) as module, LiveBytes(named_tensors(model).values()) as live, torch.no_grad():
+        module(batches[0])  # as importance is measured
+    assert live.peak < 3 * layer
+
+
+def test_the_ledger_counts_none_either() -> None:
+    model = deep()
+    plan = Plan.whole(Groups((), {name: t.shape for name, t in model.named_parameters()}))
+    told = forward_footprint(skeleton(model, plan, CPU), metrics, torch.ones(2, 64), autocast=True)
+    assert told.peak < 3 * 64 * 64 * 2
