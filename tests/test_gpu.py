@@ -104,10 +104,8 @@ def test_a_round_changes_what_the_plan_keeps_and_nothing_else(sampler: str) -> N
 @pytest.mark.parametrize("autocast", ["no", "bf16"])
 def test_nothing_full_size_touches_the_device(autocast: str) -> None:
     """Training and evaluating a network whose master is far larger than its subnet: the peak says so."""
-    model = nn.Sequential(
-        nn.Linear(64, 8192), nn.ReLU(), nn.Linear(8192, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU()
-    )
-    model.append(nn.Linear(4096, 5))
+    hidden = [layer for _ in range(6) for layer in (nn.Linear(4096, 4096), nn.ReLU())]
+    model = nn.Sequential(nn.Linear(64, 4096), nn.ReLU(), *hidden, nn.Linear(4096, 5))
     full = sum(p.numel() * 4 for p in model.parameters())
     batches = [(torch.randn(8, 64, device=CUDA), torch.randint(5, (8,), device=CUDA)) for _ in range(10)]
     groups = find_groups(model, (torch.zeros(3, 64),))
@@ -121,7 +119,8 @@ def test_nothing_full_size_touches_the_device(autocast: str) -> None:
         run(trainer, batches)
         metrics = lambda module, batch: {"loss": loss_fn(module, batch)}  # noqa: E731
         whole = evaluate_full(trainer.model, batches, metrics, lambda _: 8, trainer.accelerator)
-        assert torch.cuda.max_memory_allocated() - start < 0.75 * full  # its largest layer is half of it
+        # A layer is a sixth of it, and half that again when narrowed; so is the libraries' workspace, if it is new.
+        assert torch.cuda.max_memory_allocated() - start < 0.6 * full
         on_host = [(x.cpu(), y.cpu()) for x, y in batches]
         expected = sum(loss_fn(trainer.model, batch).item() for batch in on_host) / len(on_host)
         assert whole["loss"] == pytest.approx(expected, rel=1e-4 if autocast == "no" else 1e-2)

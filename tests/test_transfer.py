@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from offload_trainer.device import elements, memory, transfer
-from offload_trainer.device.elements import gather_into, scatter_from
+from offload_trainer.device.elements import gather_into, patch, scatter_from
 from offload_trainer.device.transfer import Layout, Transfer
 from offload_trainer.groups import Group, Groups, Plan, Slot
 from offload_trainer.master.precision import FP32
@@ -68,6 +68,29 @@ def test_a_round_trip_without_training_changes_nothing(case: tuple[Tensor, Index
     gather_into(out, full, index)
     scatter_from(out, full, index)
     assert torch.equal(full.view(torch.uint8), before.view(torch.uint8))
+
+
+@given(cases(), cases())
+def test_a_patch_is_the_same_at_once_as_row_by_row(one: tuple[Tensor, Index], other: tuple[Tensor, Index]):
+    """As a device does it, and as a host does; of any number of axes, kept whole or in part in either tensor."""
+    (source, here), (target, there) = one, other
+    axes = min(source.ndim, target.ndim)
+    source, target = source.flatten(axes - 1), target.flatten(axes - 1)
+    ends = [(source, list(here[:axes])), (target, list(there[:axes]))]
+    for axis in range(axes):
+        # As many of both: of what is kept whole, all, where the other has as many.
+        count = min(tensor.shape[axis] for tensor, _ in ends)
+        for tensor, index in ends:
+            size = tensor.shape[axis]
+            whole = index[axis] is None and size == count
+            index[axis] = None if whole else torch.arange(size)[size - count :]
+    places = tuple(ends[0][1]), tuple(ends[1][1])
+    source, expected = source.to(target.dtype), target.clone()
+    patch(expected, source, places)
+    found = target.clone()
+    elements._patch_at_once(found, source, *places)
+    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(found[mesh(found, places[1])], source[mesh(source, places[0])])
 
 
 def test_entries_outside_survive_whatever_they_hold():

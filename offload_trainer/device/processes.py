@@ -43,10 +43,10 @@ def local_processes() -> int:
 
 def transfer_threads(device: torch.device, *, overlap: bool) -> int:
     """Threads for the host's part of transfers: beside a GPU this process's share of the cores; on a CPU those of the
-    training, of which it leaves all but one alone where it goes on in the background."""
+    training. In the background half of them, or one on a CPU: a launch that waits for a core makes a GPU wait."""
     if device.type == "cpu":
         return 1 if overlap else torch.get_num_threads()
-    return max(1, _cores() // local_processes())
+    return max(1, _cores() // local_processes() // (2 if overlap else 1))
 
 
 def _cores() -> int:
