@@ -5,9 +5,9 @@ from contextlib import ExitStack
 from functools import partial
 from statistics import median
 
-import torch
 from torch import Tensor
 
+from benchmarks.peers.sizes import fill
 from benchmarks.records import Record, Setting
 from benchmarks.timing import take_turns, times_faster
 from benchmarks.workloads import Workload, llama, on_device, training_step, vision
@@ -111,8 +111,7 @@ def compare(setting: Setting, workload: Workload, sync_every: int, turns: int, r
 
 
 def make_offloader(setting: Setting, workload: Workload, sync_every: int, overlap: bool) -> Offloader:
-    torch.manual_seed(0)
-    model = workload.build()
+    model = workload.build_empty()
     groups = workload.groups(model)
     return Offloader(
         model,
@@ -122,6 +121,7 @@ def make_offloader(setting: Setting, workload: Workload, sync_every: int, overla
         structure=Structure(groups, KEEP, seed=0),
         sync_every=sync_every,
         accelerator=setting.accelerator,
+        materialise=lambda model: fill(model.parameters(), setting.device),
         overlap=overlap,
     )
 

@@ -17,9 +17,9 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
+from benchmarks.peers.sizes import fill
 from benchmarks.records import Record, Setting
 from benchmarks.timing import times_faster
 from benchmarks.workloads import llama, on_device
@@ -160,8 +160,7 @@ def in_this_process(heads: int, shape: Shape, precision: str) -> None:
         batch=shape.batch,
         sequence=shape.sequence,
     )
-    torch.manual_seed(0)
-    model = workload.build()
+    model = workload.build_empty()
     groups = workload.groups(model)
     structure = Structure(groups, SUBNET / heads, seed=0)
     with Offloader(
@@ -172,6 +171,7 @@ def in_this_process(heads: int, shape: Shape, precision: str) -> None:
         structure=structure,
         sync_every=shape.sync_every,
         accelerator=accelerator,
+        materialise=lambda model: fill(model.parameters(), accelerator.device),
     ) as offloader:
         batches = cycle(on_device(workload, 4, accelerator.device))
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -30,6 +30,11 @@ class Workload:
     loss_fn: LossFn
     optimizer: OptimizerFactory
     batch: Callable[[], tuple[Tensor, Tensor]]  # inputs and targets, host
+
+    def build_empty(self) -> nn.Module:
+        """Parameters on meta, for whoever fills them faster than the model does; buffers as the model makes them."""
+        with init_empty_weights(include_buffers=False):
+            return self.build()
 
     def groups(self, model: nn.Module) -> Groups:
         return find_groups(model, self.example_inputs)
