@@ -22,7 +22,8 @@ def start(config: Config, run: Prepared, offloader: Offloader, monitor: Monitor)
         _start_structure(config, run, offloader, monitor)
     if section.rescale and initialise is not None:
         changed = match_scale(offloader, initialise)
-        monitor.message(f"initial weights: {changed} tensors scaled for the widths of the subnet")
+        if changed:
+            monitor.message(f"initial weights: {changed} tensors scaled for the widths of the subnet")
 
 
 def _start_structure(config: Config, run: Prepared, offloader: Offloader, monitor: Monitor) -> None:
