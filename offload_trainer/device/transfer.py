@@ -208,6 +208,7 @@ class Transfer:
         return self._staging[key]
 
     def close(self) -> None:
+        memory.synchronize(self._device)  # what was broken off may still be writing into staging
         for slab in self._staging.values():
             slab.close()
         self._staging.clear()
