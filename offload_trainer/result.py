@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from offload_trainer.device import ranks
 from offload_trainer.errors import UserError
+from offload_trainer.evaluation import UNCACHED, streamed
 from offload_trainer.files.format import INDEX, WEIGHTS
 from offload_trainer.files.writing import write_shards
 from offload_trainer.groups import Groups, Plan
@@ -42,12 +43,20 @@ def recalibrate(module: nn.Module, batches: Sequence[Any], loss_fn: LossFn, acce
         norm.momentum = None  # a plain average over the batches
         norm.train()
     for batch in batches:
-        with accelerator.autocast():
+        with accelerator.autocast(UNCACHED):
             loss_fn(module, send_to_device(batch, accelerator.device))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     ranks.average_buffers(accelerator, module)
     module.train()
+
+
+def recalibrate_master(model: nn.Module, batches: Sequence[Any], loss_fn: LossFn, accelerator: Accelerator) -> None:
+    """`recalibrate` of the full master, in place: its units were trained in subnets, with the statistics of those."""
+    with streamed(model, accelerator) as module:
+        recalibrate(module, batches, loss_fn, accelerator)
+        for name, buffer in module.named_buffers():  # while a master passes through a device, its buffers stay there
+            model.get_buffer(name).copy_(buffer)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from offload_trainer.master.interrupts import undivided
 from offload_trainer.monitor import Monitor
 from offload_trainer.offloader import Offloader
 from offload_trainer.prepare import Prepared, prepare
-from offload_trainer.result import best_of, recalibrate, save_export
+from offload_trainer.result import best_of, recalibrate, recalibrate_master, save_export
 from offload_trainer.rounds import Meter
 from offload_trainer.starting import start
 from offload_trainer.tasks import shard
@@ -160,6 +160,7 @@ def conclude(config: Config, run: Prepared, offloader: Offloader, meter: Meter, 
         plan = best_of(offloader, config.structure.samples, chosen_on)
     small = offloader.export(plan).to(accelerator.device)
     recalibrate(small, chosen_on, task.loss_fn, accelerator)
+    recalibrate_master(offloader.model, chosen_on, task.loss_fn, accelerator)
     with meter.paused("evaluation"):
         exported = task.report(evaluate(small, task.val, task.metrics_fn, task.count, accelerator))
         full = task.report(evaluate_full(offloader.model, task.val, task.metrics_fn, task.count, accelerator))

@@ -9,6 +9,7 @@ from offload_trainer.device.footprint import LiveBytes, forward_footprint, skele
 from offload_trainer.evaluation import evaluate_full, streamed
 from offload_trainer.groups import Groups, Plan
 from offload_trainer.groups.slicing import named_tensors
+from offload_trainer.result import recalibrate_master
 
 CPU = torch.device("cpu")
 
@@ -41,3 +42,18 @@ def test_the_ledger_counts_none_either() -> None:
     plan = Plan.whole(Groups((), {name: t.shape for name, t in model.named_parameters()}))
     told = forward_footprint(skeleton(model, plan, CPU), metrics, torch.ones(2, 64), autocast=True)
     assert told.peak < 3 * 64 * 64 * 2
+
+
+def test_the_masters_batchnorm_gets_statistics_of_its_own() -> None:
+    """Those that subnets left behind are of other inputs: the mean over the batches replaces them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    norm = model[1]
+    norm.running_var.fill_(1e-9)
+    batches = [torch.randn(4, 3, 5, 5) * (1 + i) for i in range(3)]
+    recalibrate_master(model, batches, lambda module, batch: module(batch).mean(), Accelerator(cpu=True))
+    with torch.no_grad():
+        seen = [model[0](batch) for batch in batches]
+    torch.testing.assert_close(norm.running_mean, torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
+    torch.testing.assert_close(norm.running_var, torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0))
+    assert norm.momentum == 0.1

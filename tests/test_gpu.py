@@ -1,5 +1,6 @@
 """The same invariants with the master pinned on the host and the subnet on a GPU."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from offload_trainer.evaluation import evaluate, evaluate_full
 from offload_trainer.groups.slicing import named_tensors
 from offload_trainer.master import CheckpointStore, Slab, find_checkpoint
 from offload_trainer.master.precision import FP32, Precision
+from offload_trainer.result import recalibrate_master
 from tests.test_offloader import ADAMW, SGD, Factory, data, loss_fn, network, run
 from tests.test_pipeline import CASES, MODELS, assert_same, make, races, result  # noqa: F401
 from tests.test_precision import BF16, above, awkward, below, kept, raw
@@ -127,6 +129,20 @@ def test_nothing_full_size_touches_the_device(autocast: str) -> None:
         assert all(parameter.device.type == "cpu" for parameter in trainer.model.parameters())
         small = trainer.export().to(CUDA)
         evaluate(small, batches, metrics, lambda _: 8, trainer.accelerator)
+
+
+def test_the_masters_batchnorm_is_recalibrated_on_the_host() -> None:
+    """It passes through the device, where its statistics are gathered; they come back."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
+    same = copy.deepcopy(model)
+    batches = [torch.randn(4, 3, 5, 5) * (1 + i) for i in range(3)]
+    recalibrate_master(model, batches, lambda module, batch: module(batch).mean(), Accelerator())
+    with torch.no_grad():
+        x = [same[0](batch) for batch in batches]
+    assert model[1].running_mean.device.type == "cpu"
+    torch.testing.assert_close(
+        model[1].running_var, torch.stack([y.var((0, 2, 3)) for y in x]).mean(0), rtol=1e-3, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("sampler", ["fixed", "bernoulli"])  # rounds that overlap, and others
