@@ -17,8 +17,8 @@ TIMES = 4
 QUICK: dict[str, Any] = {"text_steps": 4, "image_steps": 4, "seeds": [0]}
 QUICK_KEYS = ["--task.val_batches", "1"]
 TEXT_RATE = 1e-3
-"""At which the small dense network ends best, of 0.4, 0.75, 1, 1.5 and 3 thousandths: a rate that does not suit it makes
-anything that changes its course look good."""
+"""At which the small dense network ends best, of 0.4, 0.75, 1, 1.5 and 3 thousandths: at one that does not suit it,
+anything that changes its course looks good."""
 RECIPE: list[object] = [
     *("--structure.estimator", "credit", "--structure.start", "random", "--structure.explore", 0.1),
     *("--structure.settle", 0.8),
