@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -126,6 +127,20 @@ def test_a_comparison(shrink: Any, tmp_path: Path, capsys: pytest.CaptureFixture
     monkeypatched = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("summary.json")}
     assert shrink.main(arguments) == 0  # nothing is run twice
     assert {path: path.stat().st_mtime_ns for path in monkeypatched} == monkeypatched
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_from_scratch_is_the_same_network_of_random_weights(shrink: Any, pretrained: Path, tmp_path: Path) -> None:
+    changes = {"structure.start": "importance", "structure.settle": 1, "task.data": str(pretrained.parent / "text")}
+    config = runs.config(tmp_path, **changes, **{"task.model": str(pretrained), "task.sequence": 32})
+    arguments = ["--config", str(config), "--quick", "--seeds", "0", "--contenders", "fixed", "scratch"]
+    arguments += ["--out", str(tmp_path / "runs"), "--json", str(tmp_path / "r.json"), "--task.val_batches", "1"]
+    assert shrink.main(arguments) == 0
+    fixed, scratch = json.loads((tmp_path / "r.json").read_text())
+    assert scratch["details"]["parameters"] == fixed["details"]["parameters"]
+    starts = [record["details"]["points"][0][2] for record in (fixed, scratch)]
+    assert starts[1] == pytest.approx(math.log(320), abs=0.3)  # nothing is known of 320 tokens
+    assert starts[0] != pytest.approx(starts[1])
 
 
 def test_a_run_that_fails_is_named(shrink: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

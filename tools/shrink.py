@@ -6,6 +6,7 @@ ours: s from importance, exploring until it settles after half of the run.
 fixed: the config as it is: the same widths, chosen once by the same importance, then trained as a dense model.
 plain: as fixed, but what is kept does not stand in for what is left out: ordinary structured pruning.
 random: the same widths, chosen at random, then trained.
+scratch: the small dense network of those widths, from random weights: what the device could train without this project.
 full: the whole model fine-tuned, as the upper bound.
 
 Each is a run of its own of offload_trainer/run.py, its number of steps such that training (without loading,
@@ -29,6 +30,7 @@ from benchmarks.records import Record, Setting, merge, read_records, table
 from reproduction.pictures import new_figure, save
 from rich.console import Console
 
+from offload_trainer.config import parse
 from offload_trainer.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +40,7 @@ CONTENDERS: dict[str, list[str]] = {
     "fixed": ["--structure.settle", "1"],
     "plain": ["--structure.settle", "1", "--structure.stand_in", "false"],
     "random": ["--structure.settle", "1", "--structure.start", "random"],
+    "scratch": ["--structure.settle", "1", "--structure.start", "random"],
     # A rate that suits a model that has to relearn half of itself would spoil one that is whole.
     "full": [*WHOLE, "--structure.multiple_of", "1", "--optimizer.lr", "2e-4"],
 }
@@ -66,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results: dict[tuple[str, int], dict[str, Any]] = {}
         for seed in options.seeds:
             for name in options.contenders:
-                run = Run(options, name, seed, [*passed_on, *CONTENDERS[name]])
+                untrained = random_weights(options.config, passed_on) if name == "scratch" else []
+                run = Run(options, name, seed, [*passed_on, *CONTENDERS[name], *untrained])
                 results[name, seed] = run.result()
                 print(f"{name}, seed {seed}: perplexity {results[name, seed]['perplexity']:.2f}", flush=True)
         records = [_record(setting, *key, result, results, options.clock) for key, result in results.items()]
@@ -79,6 +83,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     Console().print(table(records))
     return 0
+
+
+def random_weights(config: Path, passed_on: Sequence[str]) -> list[str]:
+    """Keys of the config for the same model and tokenizer, without the weights in its folder."""
+    model = parse(["--config", str(config), *passed_on]).task.model
+    if not isinstance(model, str):  # a network that is new in any case
+        return []
+    settings = json.loads((Path(model) / "config.json").read_text())
+    return ["--task.model", json.dumps(settings), "--task.tokenizer", model]
 
 
 class Run:
