@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from offload_trainer.device import elements, memory, transfer
-from offload_trainer.device.elements import gather_into, patch, scatter_from
+from offload_trainer.device.elements import gather_into, on_device, patch, scatter_from
 from offload_trainer.device.transfer import Layout, Transfer
 from offload_trainer.groups import Group, Groups, Plan, Slot
 from offload_trainer.master.precision import FP32
@@ -91,6 +91,22 @@ def test_a_patch_is_the_same_at_once_as_row_by_row(one: tuple[Tensor, Index], ot
     elements._patch_at_once(found, source, *places)
     assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
     assert torch.equal(found[mesh(found, places[1])], source[mesh(source, places[0])])
+
+
+def test_indices_go_to_a_device_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, columns = torch.tensor([0, 2, 5]), torch.tensor([1])
+    places = {"a": ((rows, None), (None, columns)), "b": ((rows,), (rows,)), "c": ((None,), (None,))}
+    sent, cat = [], torch.cat
+    monkeypatch.setattr(torch, "cat", lambda tensors: sent.append(tensors) or cat(tensors))
+    found = on_device(places, torch.device("cpu"))
+    assert [len(tensors) for tensors in sent] == [2], "each once, however often it is used"
+    assert found.keys() == places.keys()
+    for name, ends in places.items():
+        for index, wanted in zip(found[name], ends, strict=True):
+            assert len(index) == len(wanted)
+            for one, other in zip(index, wanted, strict=True):
+                assert (one is None and other is None) or torch.equal(one, other)
+    assert on_device({"c": places["c"]}, torch.device("cpu")) == {"c": places["c"]}
 
 
 def test_entries_outside_survive_whatever_they_hold():

@@ -3,7 +3,7 @@
 A chosen row is copied whole into a small buffer, and its columns are taken from there: both stay in cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -86,6 +86,20 @@ def patch(target: Tensor, source: Tensor, places: tuple[Index, Index]) -> None:
         gather_into(part, source, tuple(here))
         source = part
     scatter_from(source, target, tuple(there))
+
+
+def on_device(places: Mapping[str, tuple[Index, Index]], device: torch.device) -> dict[str, tuple[Index, Index]]:
+    """The same indices there, sent as one: a copy of each on its own would wait for all kernels before it."""
+    every = {id(kept): kept for pair in places.values() for index in pair for kept in index if kept is not None}
+    if not every:
+        return dict(places)
+    arrived = torch.cat(list(every.values())).to(device).split([len(kept) for kept in every.values()])
+    there = dict(zip(every, arrived, strict=True))
+
+    def moved(index: Index) -> Index:
+        return tuple(None if kept is None else there[id(kept)] for kept in index)
+
+    return {name: (moved(here), moved(other)) for name, (here, other) in places.items()}
 
 
 def _patch_at_once(

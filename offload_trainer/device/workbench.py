@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_trainer.device import memory
-from offload_trainer.device.elements import patch
+from offload_trainer.device.elements import on_device, patch
 from offload_trainer.device.movers import Mover
 from offload_trainer.device.pipeline import Pipeline, in_background
 from offload_trainer.device.processes import transfer_threads
@@ -222,19 +222,23 @@ class Workbench:
         """The reference's values become the trained subnet's, what was gathered becomes the reference's."""
         subnet, reference, before = self.subnet, self._reference, self.subnet.plan
         assert reference is not None and reference.plan == plan
+        names = [name for slab in subnet.slabs for name in slab]
+        of_plan, of_later = (
+            on_device({name: before.shared(other, name) for name in names}, self._device) for other in (plan, later)
+        )
         weights, moments = self._ahead()
         for moment, staged in moments.items():
             for waiting, slab in zip(staged, subnet.moment_slabs(moment), strict=True):
                 arrived = self.transfer.arrived(waiting, slab.flat.dtype)
                 for name in arrived:
-                    patch(arrived[name], slab[name], before.shared(plan, name))
+                    patch(arrived[name], slab[name], of_plan[name])
                     slab[name].copy_(arrived[name])
         for waiting, slab, beside in zip(weights, subnet.slabs, reference.slabs, strict=True):
             arrived = self.transfer.arrived(waiting, slab.flat.dtype)
             for name in slab:
-                patch(beside[name], slab[name], before.shared(plan, name))
+                patch(beside[name], slab[name], of_plan[name])
             for name in arrived:
-                patch(arrived[name], slab[name], before.shared(later, name))
+                patch(arrived[name], slab[name], of_later[name])
             slab.flat.copy_(beside.flat)
             for name in arrived:
                 beside[name].copy_(arrived[name])
