@@ -102,7 +102,7 @@ class Offloader:
                 against = self._bench.reference_loss(self.loss_fn, batch)
         with self.accelerator.autocast():  # not the same: its cache would keep the reference's narrow weights
             loss = self.loss_fn(self._bench.forward, batch)
-        running.losses.append(loss.detach().clone())  # a CUDA graph overwrites it in the next step
+        running.add_loss(loss)
         if paired:
             running.differences.append(loss.detach() - against)
         return loss
@@ -272,7 +272,7 @@ class Offloader:
         ranks.require_same(self.accelerator, f"the plan of round {self.rounds}", entry.plan.digest)
         with self.spent.on("gather"):
             self._bench.begin(entry.plan, entry.reference, entry.following, self.steps)
-        self._round = Round(paired=entry.reference is not None)
+        self._round = Round(paired=entry.reference is not None, undivided=self._bench.compile == "graphs")
         return self._round
 
     def _end_round(self, running: Round) -> None:

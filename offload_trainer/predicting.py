@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from offload_trainer import standins
@@ -101,7 +102,7 @@ class Predictor:
                 else []
             ),
             Phase("subnet evaluated", moved, small | {"activations": validation.peak}),
-            Phase("master evaluated", host, small | self._passing | {"activations": self._full_validation.peak}),
+            Phase("master evaluated", host, small | self._passing | {"activations": self._full_evaluation}),
             Phase("checkpoint", host, held),
             Phase("export", host, small),
         ]
@@ -259,8 +260,10 @@ class Predictor:
         return footprint.optimizer_cost(self.optimizer, next(self.model.parameters()).dtype, self.device)
 
     @cached_property
-    def _full_validation(self) -> Footprint:
-        return self._validation()
+    def _full_evaluation(self) -> int:
+        """Activations of the master's: of validation batches, and of those that give BatchNorm its statistics."""
+        norms = any(isinstance(module, _BatchNorm) for module in self.model.modules())
+        return max(self._validation().peak, self._full_training.peak if norms else 0)
 
     @cached_property
     def _full_training(self) -> Footprint:

@@ -1,5 +1,6 @@
 """Everything a run needs, made from its config; all that can be wrong with it is found here, before it is paid for."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,15 @@ class Prepared:
     def local(self, step: int) -> Any:
         """This process's share of one step's batch, on the host."""
         return tasks.shard(self.task.train[step], self.accelerator.process_index, self.accelerator.num_processes)
+
+    def parts(self, steps: Iterable[int]) -> list[Any]:
+        """This process's share of these steps' batches, in the parts in which a batch is taken, on the host. One that
+        cannot be parted evenly, such as the last of a loader, is taken whole."""
+        found = []
+        for batch in map(self.local, steps):
+            count = self.config.micro_batches if tasks.batch_rows(batch) % self.config.micro_batches == 0 else 1
+            found += [tasks.shard(batch, i, count) for i in range(count)]
+        return found
 
 
 def prepare(config: Config) -> Prepared:

@@ -53,10 +53,14 @@ def recalibrate(module: nn.Module, batches: Sequence[Any], loss_fn: LossFn, acce
 
 def recalibrate_master(model: nn.Module, batches: Sequence[Any], loss_fn: LossFn, accelerator: Accelerator) -> None:
     """`recalibrate` of the full master, in place: its units were trained in subnets, with the statistics of those."""
-    with streamed(model, accelerator) as module:
-        recalibrate(module, batches, loss_fn, accelerator)
-        for name, buffer in module.named_buffers():  # while a master passes through a device, its buffers stay there
-            model.get_buffer(name).copy_(buffer)
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return
+    with streamed(model, accelerator) as passing:
+        recalibrate(passing, batches, loss_fn, accelerator)
+        for path, norm in passing.named_modules():
+            if isinstance(norm, _BatchNorm):  # while a master passes through a device, its buffers stay there
+                for name, buffer in norm.named_buffers():
+                    model.get_submodule(path).get_buffer(name).copy_(buffer)
 
 
 @torch.no_grad()

@@ -34,10 +34,21 @@ class Round:
 
     paired: bool
     """Whether there is a reference to compare with."""
+    undivided: bool = False
+    """A step's batch may not come in parts."""
     steps: int = 0
     losses: list[Tensor] = field(default_factory=list)
     differences: list[Tensor] = field(default_factory=list)
     """L(m) − L(m′) of each paired batch."""
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Of a batch, or of the next part of one. Raises `UserError` for a part where there may be none."""
+        if self.undivided and len(self.losses) > self.steps:
+            raise UserError(
+                "CUDA graphs (memory.cuda_graphs) take a step's batch whole: a second backward pass before step() would"
+                " overwrite the gradients of the first"
+            )
+        self.losses.append(loss.detach().clone())  # a CUDA graph overwrites it in the next step
 
     def difference(self, accelerator: Accelerator) -> float | None:
         """d: mean over the paired batches and the ranks; None if there were none."""

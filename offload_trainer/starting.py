@@ -34,7 +34,7 @@ def _start_structure(config: Config, run: Prepared, offloader: Offloader, monito
         generator = torch.Generator().manual_seed(config.seed)
         scores = {name: torch.rand(len(s), generator=generator) for name, s in run.structure.s.items()}
     else:
-        batches = [run.local(config.steps + i) for i in range(section.calibration_batches)]
+        batches = run.parts(range(config.steps, config.steps + section.calibration_batches))
         scores, by_weight = importance(
             offloader.model, run.groups, run.structure.names, batches, run.task.loss_fn, run.accelerator
         )

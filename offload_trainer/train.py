@@ -218,7 +218,7 @@ def device_memory(device: torch.device, held: int) -> dict[str, int]:
 
 def calibration(config: Config, run: Prepared) -> list[Any]:
     """Training batches, of steps after the last, that choose the result and give BatchNorm its statistics."""
-    return [run.local(config.steps + i) for i in range(config.structure.result_batches)]
+    return run.parts(range(config.steps, config.steps + config.structure.result_batches))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:

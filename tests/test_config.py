@@ -229,6 +229,10 @@ def test_key_of_another_kind_of_task_is_a_mistake(tmp_path: Path):
             "memory.cuda_graphs (true) needs memory.compile (false) to be true",
         ),
         (
+            {"micro_batches": 2, "memory": {"cuda_graphs": True, "compile": True}},
+            "memory.cuda_graphs (true) needs micro_batches (2) to be 1",
+        ),
+        (
             {"structure": {"sampler": "bernoulli"}, "memory": {"compile": True}},
             "memory.compile (true) needs structure.sampler (bernoulli) to be fixed",
         ),

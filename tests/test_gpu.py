@@ -133,16 +133,17 @@ def test_nothing_full_size_touches_the_device(autocast: str) -> None:
 
 def test_the_masters_batchnorm_is_recalibrated_on_the_host() -> None:
     """It passes through the device, where its statistics are gathered; they come back."""
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
     same = copy.deepcopy(model)
     batches = [torch.randn(4, 3, 5, 5) * (1 + i) for i in range(3)]
     recalibrate_master(model, batches, lambda module, batch: module(batch).mean(), Accelerator())
     with torch.no_grad():
         x = [same[0](batch) for batch in batches]
-    assert model[1].running_mean.device.type == "cpu"
-    torch.testing.assert_close(
-        model[1].running_var, torch.stack([y.var((0, 2, 3)) for y in x]).mean(0), rtol=1e-3, atol=1e-4
-    )
+    norm, near = model[1], {"rtol": 1e-2, "atol": 1e-2}  # convolutions of a device may be of TF32
+    assert norm.running_mean.device.type == "cpu" and int(norm.num_batches_tracked) == 3
+    torch.testing.assert_close(norm.running_mean, torch.stack([y.mean((0, 2, 3)) for y in x]).mean(0), **near)
+    torch.testing.assert_close(norm.running_var, torch.stack([y.var((0, 2, 3)) for y in x]).mean(0), **near)
 
 
 @pytest.mark.parametrize("sampler", ["fixed", "bernoulli"])  # rounds that overlap, and others

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from offload_trainer import Group, Offloader, Structure, UserError, find_groups
+from offload_trainer.rounds import Round
 
 Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 SGD: Factory = lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4)  # noqa: E731
@@ -428,6 +429,23 @@ def test_looking_and_exporting_between_rounds_changes_nothing() -> None:
         results.append({name: tensor.clone() for name, tensor in trainer.master.items()})
     for name, tensor in results[0].items():
         assert torch.equal(tensor, results[1][name]), name
+
+
+def test_under_cuda_graphs_a_second_part_of_a_batch_is_refused() -> None:
+    """Its backward pass would overwrite the gradients of the first; elsewhere parts add up."""
+    loss = torch.tensor(1.0)
+    for undivided in (False, True):
+        running = Round(paired=False, undivided=undivided)
+        running.add_loss(loss)
+        if undivided:
+            with pytest.raises(UserError, match="take a step's batch whole"):
+                running.add_loss(loss)
+        else:
+            running.add_loss(loss)
+        running.losses = running.losses[:1]
+        running.steps += 1
+        running.add_loss(loss)
+        assert len(running.losses) == 2
 
 
 def test_gradients_of_a_batch_without_a_step_do_not_leak_into_the_next_round() -> None:

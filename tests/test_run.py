@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from offload_trainer import find_groups
 from offload_trainer.config import parse
+from offload_trainer.prepare import prepare
 from offload_trainer.result import load_export
 from offload_trainer.run import main
 from offload_trainer.tasks import build_task
@@ -130,6 +132,17 @@ def test_parts_of_a_batch_make_the_same_step(tmp_path: Path, capsys: pytest.Capt
     assert main(["--config", file, "--micro_batches", "3"]) == 2
     line = "task.batch_size (4) must be divisible by the number of processes times micro_batches (3)"
     assert line in capsys.readouterr().err
+
+
+def test_calibration_takes_batches_in_the_same_parts(tmp_path: Path) -> None:
+    """But one that cannot be parted evenly whole: nothing stops a run at its end."""
+    prepared = prepare(parse(["--config", str(config(tmp_path)), "--micro_batches", "2"]))
+    batches = [prepared.local(step) for step in (0, 1)]
+    parts = prepared.parts(range(2))
+    assert [len(part) for part in parts] == [len(batches[0]) // 2] * 4
+    assert torch.equal(torch.cat(parts), torch.cat(batches))
+    odd = replace(prepared, task=replace(prepared.task, train=[batches[0][:3]]))
+    assert [len(part) for part in odd.parts([0])] == [3]
 
 
 def test_recomputed_activations_train_the_same_and_take_less(

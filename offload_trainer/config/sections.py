@@ -258,6 +258,11 @@ class Config(Section):
             raise ValueError(f"memory.folder ({self.memory.folder}) needs memory.master (ram) to be file")
         if self.memory.cuda_graphs and not self.memory.compile:
             raise ValueError("memory.cuda_graphs (true) needs memory.compile (false) to be true")
+        if self.memory.cuda_graphs and self.micro_batches > 1:
+            raise ValueError(
+                f"memory.cuda_graphs (true) needs micro_batches ({self.micro_batches}) to be 1: a second backward pass"
+                " would overwrite the gradients of the first"
+            )
         if self.structure.sampler == "bernoulli" and self.memory.compile:
             raise ValueError(
                 "memory.compile (true) needs structure.sampler (bernoulli) to be fixed:"

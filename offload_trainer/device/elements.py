@@ -105,10 +105,18 @@ def on_device(places: Mapping[str, tuple[Index, Index]], device: torch.device) -
 def _patch_at_once(
     target: Tensor, source: Tensor, here: Sequence[Tensor | None], there: Sequence[Tensor | None]
 ) -> None:
-    """In two kernels: a device has no use for rows that stay in a cache, and each launch costs it microseconds."""
-    if any(kept is not None for kept in here):
+    """In few kernels: a device has no use for rows that stay in a cache, and each launch costs it microseconds.
+
+    On one axis, without an index for every element; on several, with indices as large as what is copied.
+    """
+    ours, theirs = ([axis for axis, kept in enumerate(index) if kept is not None] for index in (here, there))
+    if len(ours) == 1:
+        source = source.index_select(ours[0], here[ours[0]])  # type: ignore[arg-type]
+    elif ours:
         source = source[_crossed(here, source)]
-    if any(kept is not None for kept in there):
+    if len(theirs) == 1:
+        target.index_copy_(theirs[0], there[theirs[0]], source)  # type: ignore[arg-type]
+    elif theirs:
         target[_crossed(there, target)] = source
     else:
         target.copy_(source)

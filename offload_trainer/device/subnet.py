@@ -124,7 +124,8 @@ class TrainedSubnet(Subnet):
                         slab[name].copy_(live)
                         states[name][moment] = slab[name]
                     if self._mixed(name):
-                        slab[name].div_(self._layout.correction(moment, float(states[name].get("step", 0))))
+                        step = self._master.scalars[name].get("step", 0.0)
+                        slab[name].div_(self._layout.correction(moment, step))
 
     def is_finite(self) -> bool:
         """Whether every parameter and every moment is finite. The host waits for the device here."""

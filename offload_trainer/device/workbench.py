@@ -62,7 +62,7 @@ class Workbench:
         mover: Mover,
     ):
         self._master, self._device, self._overlap = master, device, overlap
-        self._layout, self._sampled, self._compile = layout, sampled, compile
+        self._layout, self._sampled, self.compile = layout, sampled, compile
         self._new_subnet = partial(
             TrainedSubnet, device=device, factory=factory, layout=layout, carry=carry, sampled=sampled
         )
@@ -114,6 +114,7 @@ class Workbench:
             self._take_reference(wanted)
         if ahead:
             self._gathered = following
+            self._ahead()  # pinned here: another thread would do it from the first GPU, whichever this process has
             self.pipeline.do(partial(self._gather_ahead, *following))
 
     def end(self, steps: int, round: int) -> Written:
@@ -176,8 +177,8 @@ class Workbench:
             self._subnet = None  # before the next one is made: never two
             self._subnet = self._new_subnet(self._master, plan)
             self.forward = self._subnet.module
-            if self._compile:
-                mode = "reduce-overhead" if self._compile == "graphs" else None
+            if self.compile:
+                mode = "reduce-overhead" if self.compile == "graphs" else None
                 self.forward = torch.compile(self._subnet.module, mode=mode)
         self._load(self.subnet, plan)
         for moment in self.subnet.moments if self._master.scalars else ():

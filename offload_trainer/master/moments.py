@@ -103,4 +103,13 @@ def set_scalars(state: dict[str, Any], layout: StateLayout, values: Mapping[str,
 
 
 def read_scalars(states: Iterable[tuple[str, Mapping[str, Any]]], layout: StateLayout) -> dict[str, dict[str, float]]:
-    return {name: {key: float(state[key]) for key in layout.scalars} for name, state in states}
+    """The numbers of every parameter's state. The host waits for a device once."""
+    numbers: dict[str, dict[str, float]] = {}
+    there: list[tuple[str, str, Tensor]] = []
+    for name, state in states:
+        numbers[name] = {key: float(state[key]) for key in layout.scalars if not isinstance(state[key], Tensor)}
+        there += [(name, key, state[key]) for key in layout.scalars if isinstance(state[key], Tensor)]
+    values = torch.stack([value for *_, value in there]).tolist() if there else []
+    for (name, key, _), value in zip(there, values, strict=True):
+        numbers[name][key] = value
+    return numbers
