@@ -26,7 +26,11 @@ def average_(accelerator: Accelerator, tensors: Iterable[Tensor]) -> None:
 
 
 def average_gradients(accelerator: Accelerator, parameters: Mapping[str, nn.Parameter]) -> None:
-    """A parameter that some rank's share of the batch did not reach counts there with a gradient of zero."""
+    """A parameter that some rank's share of the batch did not reach counts there with a gradient of zero.
+
+    With several ranks the host waits for the device here, in every step: a parameter that no rank reached must stay
+    without a gradient, or its optimizer would step it.
+    """
     if accelerator.num_processes == 1:
         return
     device = accelerator.device
