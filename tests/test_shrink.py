@@ -131,6 +131,8 @@ def test_a_comparison(shrink: Any, tmp_path: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.usefixtures("in_this_process")
 def test_from_scratch_is_the_same_network_of_random_weights(shrink: Any, pretrained: Path, tmp_path: Path) -> None:
+    file = pretrained / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"unk_token_id": 0}))  # as SmolLM2's has it
     changes = {"structure.start": "importance", "structure.settle": 1, "task.data": str(pretrained.parent / "text")}
     config = runs.config(tmp_path, **changes, **{"task.model": str(pretrained), "task.sequence": 32})
     arguments = ["--config", str(config), "--quick", "--seeds", "0", "--contenders", "fixed", "scratch"]

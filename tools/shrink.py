@@ -16,6 +16,7 @@ Runs that are complete in `--out` are not repeated, so an interrupted comparison
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import shutil
@@ -29,6 +30,7 @@ from benchmarks.launching import launch
 from benchmarks.records import Record, Setting, merge, read_records, table
 from reproduction.pictures import new_figure, save
 from rich.console import Console
+from transformers import AutoConfig
 
 from offload_trainer.config import parse
 from offload_trainer.errors import UserError
@@ -91,6 +93,13 @@ def random_weights(config: Path, passed_on: Sequence[str]) -> list[str]:
     if not isinstance(model, str):  # a network that is new in any case
         return []
     settings = json.loads((Path(model) / "config.json").read_text())
+    # Files carry what no field of theirs is, such as tokens of the tokenizer; a network of one's own may not.
+    fields = {
+        "model_type",
+        "head_dim",
+        *(field.name for field in dataclasses.fields(AutoConfig.from_pretrained(model))),
+    }
+    settings = {name: value for name, value in settings.items() if name in fields}
     return ["--task.model", json.dumps(settings), "--task.tokenizer", model]
 
 
