@@ -1,6 +1,6 @@
 """Validation of any module: a subnet, or the full master, which need not fit the device."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,20 +24,25 @@ def evaluate(
     metrics_fn: MetricsFn,
     count: Callable[[Any], int],
     accelerator: Accelerator,
+    parts: Callable[[Any], Iterable[Any]] = lambda batch: [batch],
 ) -> dict[str, float]:
-    """Means of the metrics over the batches, weighted by `count`; each rank takes its share of the batches."""
+    """Means of the metrics over the batches, weighted by `count`; each rank takes its share of the batches.
+
+    parts: of a batch, in which it is taken.
+    """
     training = module.training
     module.eval()
     sums: dict[str, float] = {}
     total = 0
     for i in range(accelerator.process_index, len(batches), accelerator.num_processes):
-        batch = send_to_device(batches[i], accelerator.device)
-        weight = count(batch)
-        with accelerator.autocast(UNCACHED):
-            metrics = metrics_fn(module, batch)
-        for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + float(value) * weight
-        total += weight
+        for part in parts(batches[i]):
+            part = send_to_device(part, accelerator.device)
+            weight = count(part)
+            with accelerator.autocast(UNCACHED):
+                metrics = metrics_fn(module, part)
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + float(value) * weight
+            total += weight
     module.train(training)
     every = ranks.gather(accelerator, (sums, total))  # a rank without a batch has no sums
     names = dict.fromkeys(name for part, _ in every for name in part)
@@ -51,10 +56,11 @@ def evaluate_full(
     metrics_fn: MetricsFn,
     count: Callable[[Any], int],
     accelerator: Accelerator,
+    parts: Callable[[Any], Iterable[Any]] = lambda batch: [batch],
 ) -> dict[str, float]:
     """`evaluate` of the master itself, which may be larger than the device."""
     with streamed(model, accelerator) as module:
-        return evaluate(module, batches, metrics_fn, count, accelerator)
+        return evaluate(module, batches, metrics_fn, count, accelerator, parts)
 
 
 @contextmanager

@@ -69,8 +69,11 @@ class Forecast:
             word = Text("fits", "green") if verdict.fits else Text("does not fit", "bold red")
             table.add_row(Text(verdict.place, "bold"), Text.assemble(word, ": ", verdict.text))
         table.add_row(Text("link", "bold"), Text(self._link_time(self.link)))
+        rows = self.ledger.rows
+        parts = f"batches pass through it in parts of {rows}, for no more device memory than training takes"
         for name, text in (
             ("ρ", self.reason),
+            ("master", parts if rows else None),
             ("export", self.export),
             *(("note", note) for note in (*self.ledger.notes, *self.notes)),
         ):

@@ -7,19 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from offload_trainer import standins
+from offload_trainer.counting import Passes
 from offload_trainer.device import footprint, memory
 from offload_trainer.device.elements import CHUNK
-from offload_trainer.device.footprint import Footprint, OptimizerCost
+from offload_trainer.device.footprint import OptimizerCost
 from offload_trainer.device.link import PROBED
-from offload_trainer.errors import UserError
 from offload_trainer.groups import Groups, Plan
 from offload_trainer.groups.slicing import named_tensors
 from offload_trainer.master.ledger import Ledger, Phase
-from offload_trainer.master.master import master_bytes, stored_weights
+from offload_trainer.master.master import master_bytes
 from offload_trainer.master.moments import OptimizerFactory, StateLayout
 from offload_trainer.master.precision import Precision
 from offload_trainer.master.sizes import Sizes
@@ -92,26 +91,27 @@ class Predictor:
         host, held = self._host(sizes, ahead), self._held(sizes, reference)
         small = held | {"exported subnet": self.candidates * sizes.weights}
         moved = host | _if_any({"subnet in transit": 0 if self._on_host else sizes.weights})
-        validation = self._validation(plan)
+        training = self._training(sizes, host, held)
+        if ahead:
+            training.append(Phase("swap", host, held | _if_any({"arriving": sizes.arriving(on_host=self._on_host)})))
+        validation = self._passes.validation(plan).peak
+        evaluated = Phase("subnet evaluated", moved, small | {"activations": validation})
+        limit = max(phase.device_bytes for phase in (*training, evaluated))
+        rows, calibration, passed = self._through_master(host, small, plan, limit)
         phases = [
-            *self._before_training(host, plan),
-            *self._training(sizes, host, held),
-            *(
-                [Phase("swap", host, held | _if_any({"arriving": sizes.arriving(on_host=self._on_host)}))]
-                if ahead
-                else []
-            ),
-            Phase("subnet evaluated", moved, small | {"activations": validation.peak}),
-            Phase("master evaluated", host, small | self._passing | {"activations": self._full_evaluation}),
+            *self._before_training(host),
+            *calibration,
+            *training,
+            evaluated,
+            passed,
             Phase("checkpoint", host, held),
             Phase("export", host, small),
         ]
         disk = {"checkpoints": self.checkpoints * sum(self._master.values()), "export": sizes.weights}
         disk |= {"full master": self._master["weights"]} if self.exports_full else {}
         disk |= {"mapped master": sum(self._master.values())} if self.mapped else {}
-        return Ledger(
-            tuple(phases), disk, sizes.link(reference, ahead), self._on_host, tuple(dict.fromkeys(self._failures))
-        )
+        notes = tuple(dict.fromkeys(self._passes.failures))
+        return Ledger(tuple(phases), disk, sizes.link(reference, ahead), self._on_host, notes, rows)
 
     def savings(self) -> dict[str, int]:
         """What each option (config key and value) would save of the master's slabs, in bytes; 0 is left out."""
@@ -126,8 +126,8 @@ class Predictor:
 
     # The phases
 
-    def _before_training(self, host: dict[str, int], plan: Plan) -> list[Phase]:
-        """Probing, proof, loading, calibration."""
+    def _before_training(self, host: dict[str, int]) -> list[Phase]:
+        """Probing, proof, loading."""
         copied = {"process": self.process, "what is copied": (2 if self._on_host else 1) * PROBED}
         phases = [Phase("link probed", copied, {})]
         if self.proof:
@@ -143,22 +143,33 @@ class Predictor:
         beside = {"model as it was built": max(built, default=0)}
         loading = {"process": host["process"], "master weights": self._in_memory["weights"], "loading": LOADING}
         phases.append(Phase("load", _if_any(loading | beside), {}))
-        if self.calibration:
-            found = self._full_training
-            # The inputs of one layer at a time are squared in float32.
-            passing = self._passing | {"activations": found.peak + 2 * found.largest}
-            there, here = standins.scratch_bytes(self.model, plan) if self.stand_in else (0, 0)
-            phases.append(
-                Phase("calibration", host | _if_any({"standing in": there}), passing | _if_any({"products": here}))
-            )
         return phases
 
+    def _through_master(
+        self, host: dict[str, int], small: dict[str, int], plan: Plan, limit: int
+    ) -> tuple[int | None, list[Phase], Phase]:
+        """The most rows of a batch that may pass through the full master at once (None: all), so that the device holds
+        no more than `limit`, if any do; and the phases in which they pass: before training, and after."""
+        for rows in self._passes.rows():
+            before = self._calibration(host, plan, rows)
+            activations = {"activations": self._passes.master_evaluation(rows)}
+            after = Phase("master evaluated", host, small | self._passing | activations)
+            if all(phase.device_bytes <= limit for phase in (*before, after)):
+                break
+        return rows, before, after
+
+    def _calibration(self, host: dict[str, int], plan: Plan, rows: int | None) -> list[Phase]:
+        """Importance and standing in, of batches of so many rows."""
+        if not self.calibration:
+            return []
+        found = self._passes.master_training(rows)
+        # The inputs of one layer at a time are squared in float32.
+        passing = self._passing | {"activations": found.peak + 2 * found.largest}
+        there, here = standins.scratch_bytes(self.model, plan) if self.stand_in else (0, 0)
+        return [Phase("calibration", host | _if_any({"standing in": there}), passing | _if_any({"products": here}))]
+
     def _training(self, sizes: Sizes, host: dict[str, int], held: dict[str, int]) -> list[Phase]:
-        step = self._counted(
-            lambda: footprint.training_footprint(
-                self._skeleton(sizes.plan), self.loss_fn, self.batch, autocast=self.autocast
-            )
-        )
+        step = self._passes.training(sizes.plan)
         cost = self._optimizer
         own = 0 if self.layout.moments else int(cost.state * sizes.gradients)  # that is not carried
         held = held | _if_any({"optimizer's own state": own})
@@ -220,54 +231,16 @@ class Predictor:
         """Bytes of the model as it is now."""
         return sum(tensor.nbytes for tensor in self.tensors.values() if not tensor.is_meta)
 
-    # Passes on fake tensors
-
-    def _skeleton(self, plan: Plan) -> nn.Module:
-        return footprint.skeleton(self.model, plan, self.device)
-
-    def _forward(self, function: Callable[[nn.Module, Any], Any], batch: Any, plan: Plan | None = None) -> Footprint:
-        """Of a forward without gradients; without a plan of the master, in the types that it is stored in."""
-        narrow = plan is None and self.precision.weights == torch.bfloat16
-        module = self._skeleton(Plan.whole(self.groups) if plan is None else plan)
-        if narrow:
-            footprint.retype(module, {n: d for n, (d, _) in stored_weights(self.tensors, self.precision).items()})
-        return footprint.forward_footprint(module, function, batch, autocast=self.autocast or narrow)
-
-    def _validation(self, plan: Plan | None = None) -> Footprint:
-        """Of a validation batch; by the loss, which takes as much, where a metric cannot do without values."""
-        try:
-            return self._forward(self.metrics_fn, self.val_batch, plan)
-        except Exception:
-            return self._counted(lambda: self._forward(self.loss_fn, self.val_batch, plan))
-
-    def _counted(self, run: Callable[[], Footprint]) -> Footprint:
-        try:
-            return run()
-        except UserError:
-            raise
-        except Exception as error:  # a user's function may look at values, and there are none
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            self._failures.append(f"activations are not counted: the loss does not run on fake tensors ({reason})")
-            return Footprint(0, 0, 0, 0)
-
     @cached_property
-    def _failures(self) -> list[str]:
-        """What could not be counted, and why."""
-        return []
+    def _passes(self) -> Passes:
+        functions = {"loss_fn": self.loss_fn, "metrics_fn": self.metrics_fn}
+        batches = {"batch": self.batch, "val_batch": self.val_batch}
+        where = {"device": self.device, "autocast": self.autocast}
+        return Passes(self.model, self.groups, self.precision, **functions, **batches, **where)
 
     @cached_property
     def _optimizer(self) -> OptimizerCost:
         return footprint.optimizer_cost(self.optimizer, next(self.model.parameters()).dtype, self.device)
-
-    @cached_property
-    def _full_evaluation(self) -> int:
-        """Activations of the master's: of validation batches, and of those that give BatchNorm its statistics."""
-        norms = any(isinstance(module, _BatchNorm) for module in self.model.modules())
-        return max(self._validation().peak, self._full_training.peak if norms else 0)
-
-    @cached_property
-    def _full_training(self) -> Footprint:
-        return self._counted(lambda: self._forward(self.loss_fn, self.batch))
 
     @cached_property
     def _passing(self) -> dict[str, int]:

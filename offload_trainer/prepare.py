@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 
 from offload_trainer import planning, tasks
+from offload_trainer.batches import batch_rows, pieces, shard
 from offload_trainer.config import Config
 from offload_trainer.config.base import size_in_bytes
 from offload_trainer.device import memory, ranks
@@ -58,16 +59,20 @@ class Prepared:
 
     def local(self, step: int) -> Any:
         """This process's share of one step's batch, on the host."""
-        return tasks.shard(self.task.train[step], self.accelerator.process_index, self.accelerator.num_processes)
+        return shard(self.task.train[step], self.accelerator.process_index, self.accelerator.num_processes)
 
     def parts(self, steps: Iterable[int]) -> list[Any]:
         """This process's share of these steps' batches, in the parts in which a batch is taken, on the host. One that
         cannot be parted evenly, such as the last of a loader, is taken whole."""
         found = []
         for batch in map(self.local, steps):
-            count = self.config.micro_batches if tasks.batch_rows(batch) % self.config.micro_batches == 0 else 1
-            found += [tasks.shard(batch, i, count) for i in range(count)]
+            count = self.config.micro_batches if batch_rows(batch) % self.config.micro_batches == 0 else 1
+            found += [shard(batch, i, count) for i in range(count)]
         return found
+
+    def through_master(self, batch: Any) -> list[Any]:
+        """A batch, in the parts in which it passes through the full master."""
+        return pieces(batch, self.forecast.ledger.rows)
 
 
 def prepare(config: Config) -> Prepared:
@@ -142,10 +147,10 @@ def make_predictor(
 ) -> Predictor:
     """Raises `UserError` if the batch does not divide by the number of processes."""
     device, structure = accelerator.device, config.structure
-    batch = tasks.shard(task.train[0], accelerator.process_index, accelerator.num_processes)
+    batch = shard(task.train[0], accelerator.process_index, accelerator.num_processes)
     if config.micro_batches > 1:
         parts = accelerator.num_processes * config.micro_batches
-        batch = tasks.shard(task.train[0], 0, parts, "the number of processes times micro_batches")
+        batch = shard(task.train[0], 0, parts, "the number of processes times micro_batches")
     batch, val_batch = send_to_device(batch, device), send_to_device(task.val[0], device)
     memory.load_libraries(device)
     optimizer_cost(optimizer, torch.float32, device)  # what a first step imports and starts is there from now on

@@ -34,7 +34,8 @@ def _start_structure(config: Config, run: Prepared, offloader: Offloader, monito
         generator = torch.Generator().manual_seed(config.seed)
         scores = {name: torch.rand(len(s), generator=generator) for name, s in run.structure.s.items()}
     else:
-        batches = run.parts(range(config.steps, config.steps + section.calibration_batches))
+        whole = run.parts(range(config.steps, config.steps + section.calibration_batches))
+        batches = [part for batch in whole for part in run.through_master(batch)]
         scores, by_weight = importance(
             offloader.model, run.groups, run.structure.names, batches, run.task.loss_fn, run.accelerator
         )

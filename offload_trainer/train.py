@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from offload_trainer import snapshot
+from offload_trainer.batches import shard
 from offload_trainer.config import Config
 from offload_trainer.config.base import size_in_bytes
 from offload_trainer.device import memory
@@ -28,7 +29,6 @@ from offload_trainer.prepare import Prepared, prepare
 from offload_trainer.result import best_of, recalibrate, recalibrate_master, save_export
 from offload_trainer.rounds import Meter
 from offload_trainer.starting import start
-from offload_trainer.tasks import shard
 
 
 def train(config: Config) -> None:
@@ -160,10 +160,12 @@ def conclude(config: Config, run: Prepared, offloader: Offloader, meter: Meter, 
         plan = best_of(offloader, config.structure.samples, chosen_on)
     small = offloader.export(plan).to(accelerator.device)
     recalibrate(small, chosen_on, task.loss_fn, accelerator)
-    recalibrate_master(offloader.model, chosen_on, task.loss_fn, accelerator)
+    parts = [part for batch in chosen_on for part in run.through_master(batch)]
+    recalibrate_master(offloader.model, parts, task.loss_fn, accelerator)
     with meter.paused("evaluation"):
         exported = task.report(evaluate(small, task.val, task.metrics_fn, task.count, accelerator))
-        full = task.report(evaluate_full(offloader.model, task.val, task.metrics_fn, task.count, accelerator))
+        means = evaluate_full(offloader.model, task.val, task.metrics_fn, task.count, accelerator, run.through_master)
+        full = task.report(means)
     if accelerator.is_main_process:
         results: dict[str, tuple[nn.Module, Plan | None]] = {"export": (small, plan)}
         if config.export.full:

@@ -5,6 +5,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from offload_trainer.batches import pieces
 from offload_trainer.device.footprint import LiveBytes, forward_footprint, skeleton
 from offload_trainer.evaluation import evaluate_full, streamed
 from offload_trainer.groups import Groups, Plan
@@ -42,6 +43,21 @@ def test_the_ledger_counts_none_either() -> None:
     plan = Plan.whole(Groups((), {name: t.shape for name, t in model.named_parameters()}))
     told = forward_footprint(skeleton(model, plan, CPU), metrics, torch.ones(2, 64), autocast=True)
     assert told.peak < 3 * 64 * 64 * 2
+
+
+def test_parts_of_batches_give_the_same_means() -> None:
+    torch.manual_seed(0)
+    model, batches = deep(), [torch.randn(5, 64), torch.randn(2, 64)]
+    accelerator, seen = Accelerator(cpu=True), list[int]()
+
+    def noted(module: nn.Module, batch: Tensor) -> dict[str, Tensor]:
+        seen.append(len(batch))
+        return metrics(module, batch)
+
+    whole = evaluate_full(model, batches, metrics, len, accelerator)
+    parts = evaluate_full(model, batches, noted, len, accelerator, lambda batch: pieces(batch, 2))
+    assert seen == [2, 2, 1, 2]
+    assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-6)
 
 
 def test_the_masters_batchnorm_gets_statistics_of_its_own() -> None:

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from offload_trainer import Offloader, Structure, find_groups, verify_groups
+from offload_trainer.batches import batch_rows, pieces
 from offload_trainer.device import memory
 from offload_trainer.device.footprint import (
     LiveBytes,
@@ -24,11 +25,13 @@ from offload_trainer.device.footprint import (
     skeleton,
     training_footprint,
 )
+from offload_trainer.evaluation import evaluate_full
 from offload_trainer.groups import Groups, Plan, slice_module
 from offload_trainer.groups.slicing import named_tensors
 from offload_trainer.master import Ledger, Phase, StateLayout, probe_optimizer
 from offload_trainer.master.precision import FP32, Precision
 from offload_trainer.predicting import PROVED_WHOLE, Predictor
+from offload_trainer.result import recalibrate_master
 from offload_trainer.run import main
 from tests.runs import config, launch, metrics
 
@@ -247,6 +250,35 @@ def test_device_peak_of_a_run(name: str, factory: Callable, state: Any, control:
 
         measured = allocated(two_rounds)
     assert predicted == pytest.approx(measured, rel=0.05)
+
+
+def test_the_master_takes_no_more_of_the_device_than_training() -> None:
+    """However wide: batches pass through it in parts. The allocator says so, too."""
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 256, 3, padding=1), nn.BatchNorm2d(256), nn.ReLU(), nn.Conv2d(256, 256, 3, padding=1)),
+        *(nn.BatchNorm2d(256), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10)),
+    )
+    batch = torch.randn(96, 3, 12, 12), torch.randint(10, (96,))
+    groups = find_groups(model, (torch.zeros(3, 3, 8, 8),))
+    told = replace(predictor((model, batch, (), on_labels), groups, sgd, True), calibration=True)
+    accelerator = Accelerator(cpu=True)
+    for keep, expected in ((0.9, None), (1 / 8, (16, 48))):
+        plan = Plan(groups, Structure(groups, keep).top())
+        ledger = told.ledger(plan, reference=False, sampled=sliced(plan))
+        phases = {phase.name: phase.device_bytes for phase in ledger.phases}
+        limit = phases["forward and backward"]
+        assert max(phases["master evaluated"], phases["calibration"]) <= limit == ledger.device_peak_bytes
+        if expected is None:
+            assert ledger.rows is None
+            continue
+        assert ledger.rows is not None and expected[0] <= ledger.rows <= expected[1]
+        parts = pieces(batch, ledger.rows)
+
+        def evaluated(parts: list[Any]) -> None:
+            recalibrate_master(model, parts, on_labels, accelerator)
+            evaluate_full(model, parts, lambda module, part: {"loss": on_labels(module, part)}, batch_rows, accelerator)
+
+        assert allocated(lambda parts=parts: evaluated(parts)) <= limit < allocated(lambda: evaluated([batch]))
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["one after another", "overlapping"])

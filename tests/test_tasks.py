@@ -15,12 +15,13 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from offload_trainer.batches import batch_rows, pieces, shard
 from offload_trainer.errors import UserError
-from offload_trainer.tasks import causal_lm, custom, image_classification, shard, text
+from offload_trainer.tasks import causal_lm, custom, image_classification, text
 from offload_trainer.tasks.images import crop_and_flip, random_box
 from offload_trainer.tasks.labelled import from_datasets, read_images
 from offload_trainer.tasks.loaders import LoaderBatches
-from offload_trainer.tasks.task import Shuffle, batch_rows
+from offload_trainer.tasks.task import Shuffle
 from offload_trainer.tasks.tokens import byte_tokenizer
 from tests.language import LLAMA, lm_config, message, with_memory, write_texts
 
@@ -67,6 +68,17 @@ def test_shards_put_together_are_the_batch():
     assert message(error) == "task.batch_size (32) must be divisible by the number of processes (3)"
     with pytest.raises(UserError, match="holds int"):
         shard((torch.zeros(2), 3), 0, 1)
+
+
+def test_pieces_put_together_are_the_batch():
+    batch = {"x": torch.arange(14).view(7, 2), "more": (torch.arange(7), None)}
+    parts = pieces(batch, 3)
+    assert [batch_rows(part) for part in parts] == [3, 2, 2] and parts[0]["more"][1] is None
+    assert torch.equal(torch.cat([part["x"] for part in parts]), batch["x"])
+    assert torch.equal(torch.cat([part["more"][0] for part in parts]), batch["more"][0])
+    assert pieces(batch, None) == [batch] and len(pieces(batch, 7)) == len(pieces(batch, 9)) == 1
+    for whole in ((torch.zeros(4), torch.zeros(3)), [torch.zeros(4), "words"], "words"):  # no number of rows is all's
+        assert pieces(whole, 2) == [whole]
 
 
 # --- text -----------------------------------------------------------------------------------------------------------

@@ -38,6 +38,9 @@ class Ledger:
     """The device is the CPU: what it holds is host memory as well."""
     notes: tuple[str, ...] = ()
     """What the figures leave out."""
+    rows: int | None = None
+    """Of a batch that pass through the full master at once, so that it takes no more of the device than training does;
+    None: all."""
 
     def with_larger_process(self, growth: int) -> "Ledger":
         """The ledger of a process that holds so many bytes more by itself."""
@@ -83,6 +86,7 @@ class Ledger:
                 for phase in self.phases
             },
             "notes": list(self.notes),
+            "rows_through_the_master": self.rows,
         }
 
 

@@ -2,9 +2,9 @@
 
 from offload_trainer.config import CausalLM, Custom, ImageClassification
 from offload_trainer.tasks import causal_lm, custom, image_classification
-from offload_trainer.tasks.task import Task, batch_rows, shard
+from offload_trainer.tasks.task import Task
 
-__all__ = ["Task", "batch_rows", "build_task", "shard"]
+__all__ = ["Task", "build_task"]
 
 
 def build_task(config: CausalLM | ImageClassification | Custom, seed: int) -> Task:

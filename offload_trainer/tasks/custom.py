@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from offload_trainer.batches import batch_rows, shard
 from offload_trainer.errors import UserError
 from offload_trainer.tasks.hf_config import save_config, why_no_config
 from offload_trainer.tasks.loaders import train_batches, val_batches
-from offload_trainer.tasks.task import Task, batch_rows, shard
+from offload_trainer.tasks.task import Task
 
 if TYPE_CHECKING:
     from offload_trainer.config import Custom

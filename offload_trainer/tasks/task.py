@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from offload_trainer.errors import UserError
-
 Batch = Tensor | Sequence[Any] | Mapping[str, Any]
 """A tensor, or tuples, lists and dicts of tensors, whose axis 0 is the batch."""
 
@@ -85,40 +83,3 @@ class Shuffle:
             permutation = torch.from_numpy(random_stream(self.seed, 0, epoch).permutation(self.size))
             self._drawn = (epoch, permutation)  # one assignment: a thread that loads ahead sees the old or the new pair
         return permutation
-
-
-def shard(batch: Any, rank: int, world: int, among: str = "the number of processes") -> Any:
-    """The rows of a global batch that belong to one of `world` processes: equal, contiguous parts in rank order.
-
-    Tuples, lists and mappings are walked (a mapping comes back as a dict); None stays None.
-    Raises UserError if the batch does not divide, or holds something that has no batch axis.
-    """
-    if batch is None:
-        return None
-    if isinstance(batch, Mapping):
-        return {key: shard(value, rank, world, among) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(shard(value, rank, world, among) for value in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(shard(value, rank, world, among) for value in batch)
-    if not isinstance(batch, Tensor) or batch.ndim == 0:
-        what = "a scalar tensor" if isinstance(batch, Tensor) else type(batch).__name__
-        raise UserError(f"a batch holds {what}: it must be made of tensors whose axis 0 is the batch")
-    if len(batch) % world:
-        raise UserError(f"task.batch_size ({len(batch)}) must be divisible by {among} ({world})")
-    rows = len(batch) // world
-    return batch[rank * rows : (rank + 1) * rows]
-
-
-def batch_rows(batch: Any) -> int:
-    """Length of the batch axis: axis 0 of the first tensor found. Raises UserError if there is none."""
-    pending = [batch]
-    while pending:
-        item = pending.pop(0)
-        if isinstance(item, Tensor) and item.ndim:
-            return len(item)
-        if isinstance(item, Mapping):
-            pending = [*item.values(), *pending]
-        elif isinstance(item, (tuple, list)):
-            pending = [*item, *pending]
-    raise UserError(f"a batch ({type(batch).__name__}) holds no tensor with a batch axis")
