@@ -81,13 +81,16 @@ def train(config: Config) -> None:
             monitor.message(f"resumed from {run.checkpoint.path}")
         if config.track.trackers:
             accelerator.init_trackers("offload-trainer")
+        meter = Meter(task.unit, before_master)
         if run.checkpoint is None:
-            start(config, run, offloader, monitor)
+            with meter.paused("start"):
+                start(config, run, offloader, monitor)
         boundary = offloader.steps  # where the last round ended
         settle_from = math.ceil(config.steps * (1 - config.structure.settle))
         if config.track.eval_every and not offloader.steps:
-            monitor.log({"step": 0, "train_seconds": 0.0, "train_cpu_seconds": 0.0, **validate(config, run, offloader)})
-        meter = Meter(task.unit, before_master)
+            with meter.paused("evaluation"):
+                first_look = validate(config, run, offloader)
+            monitor.log({"step": 0, "train_seconds": 0.0, "train_cpu_seconds": 0.0, **first_look})
 
         with kept_when_broken_off(offloader, store, config, monitor):
             for batch in batches(run, offloader.steps, config.steps):

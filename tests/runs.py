@@ -1,5 +1,6 @@
 """Small runs for tests: a tiny byte-level Llama on a little text, and custom tasks."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from PIL import Image
 from torch import nn
 
+from offload_trainer import UserError, train
 from offload_trainer.device import memory
 
 FRESH = multiprocessing.get_context("forkserver")
@@ -38,6 +41,25 @@ LLAMA = {
 
 
 TWO_LAYERS = {"task.model.num_hidden_layers": 2}
+
+
+def timed_in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs that tools launch cost no start of a process from now on. Returns their names, as they come."""
+    launched: list[str] = []
+    timed, tools = (importlib.import_module(f"reproduction.{name}") for name in ("timed", "runs"))
+    own = train.Offloader
+    monkeypatch.setattr(train, "Offloader", own)  # what a timed run puts in its place is taken back
+
+    def launch(what: str, words: list[Any], program: list[str]) -> None:
+        launched.append(what)
+        assert program == ["-m", "reproduction.timed"]
+        code = timed.main([str(word) for word in words])
+        train.Offloader = own
+        if code:
+            raise UserError(what)
+
+    monkeypatch.setattr(tools, "launch", launch)
+    return launched
 
 
 def custom(function: str, **arguments: object) -> dict[str, object]:

@@ -18,10 +18,11 @@ prove only that it works.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from benchmarks.records import Setting, merge, read_records, table
@@ -35,15 +36,23 @@ RESULTS = Path(__file__).parent / "results"
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="reproduce.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="reproduce.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     quick = "--quick" in arguments
     for name, part in PARTS.items():
         sub = names.add_parser(
-            name, description=part.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, help=part.__doc__
+            name,
+            description=part.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            help=part.__doc__,
+            allow_abbrev=False,
         )
-        sub.add_argument("--out", type=Path, default=Path("runs") / name, help="folder of its runs")
+        folder = Path("runs") / (f"{name}-quick" if quick else name)
+        sub.add_argument("--out", type=Path, default=folder, help=f"folder of its runs (default: {folder})")
         sub.add_argument("--json", type=Path, metavar="FILE", help=f"default: tools/results/{name}.json")
         sub.add_argument("--picture", type=Path, metavar="FILE", help=f"default: tools/results/{name}.svg")
         sub.add_argument("--quick", action="store_true", help="tiny, and results go into --out unless named")
@@ -71,6 +80,20 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
     return chosen
 
 
+def require_the_same(record: dict[str, Any], earlier: list[dict[str, Any]], file: Path) -> None:
+    """Raise `UserError` if what a record is compared with, or averaged, was made with other keys of the config."""
+
+    def comparison(one: dict[str, Any]) -> tuple[str, ...]:
+        return one["name"], one["device"], one["details"].get("size", one["case"])
+
+    for one in earlier:
+        theirs = one["details"].get("arguments", [])
+        if comparison(one) == comparison(record) and theirs != record["details"].get("arguments", []):
+            raise UserError(
+                f"{file} has {comparison(one)[-1]!r} with other keys ({' '.join(theirs) or 'none'}): use another --json"
+            )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if arguments is None else arguments)
     part, setting = PARTS[options.name], Setting(Accelerator(), quick=options.quick)
@@ -78,14 +101,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.quick:
             options.out.mkdir(parents=True, exist_ok=True)
-        read_records(options.json)  # a file that cannot be added to is found before hours of measuring
+        earlier = read_records(options.json)  # a file that cannot be added to is found before hours of measuring
         if not options.picture.parent.is_dir():
             raise UserError(f"--picture {options.picture} cannot be written: its folder must be there")
         for record in part.measure(setting, options):
             records.append(record)
+            require_the_same(asdict(record), earlier, options.json)
             merge(options.json, [record])
             print(f"{record.case}: {record.value:.4g} {record.unit}, {record.ratio:.3g} × {record.against}", flush=True)
-        part.draw(json.loads(options.json.read_text()), options.picture)
+        here = setting.machine[0]
+        part.draw([r for r in read_records(options.json) if r["device"] == here], options.picture)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -2,16 +2,18 @@
 
     python tools/shrink.py --minutes 60 --seeds 0 1 [--json FILE] [--picture FILE.svg] [--key value …]
 
-ours: s from importance, exploring until it settles after half of the run.
+ours: s from importance, exploring until it settles after half of the run. Its kept units change, so they stand in for
+    no others.
 fixed: the config as it is: the same widths, chosen once by the same importance, then trained as a dense model.
 plain: as fixed, but what is kept does not stand in for what is left out: ordinary structured pruning.
 random: the same widths, chosen at random, then trained.
 scratch: the small dense network of those widths, from random weights: what the device could train without this project.
 full: the whole model fine-tuned, as the upper bound.
 
-Each is a run of its own of offload_trainer/run.py, its number of steps such that training (without loading,
-evaluation and checkpoints) takes the given time: what a step costs is measured first. Further arguments are passed on
-to every run.
+Each is a run of its own of offload_trainer/run.py, its number of steps such that training takes the given time: what a
+step costs is measured first, with pairs of subnets and without. Loading, evaluation, checkpoints, and what comes before
+the first step (importance, standing in) are not in that time; the last is recorded. Further arguments are passed on to
+every run.
 Runs that are complete in `--out` are not repeated, so an interrupted comparison goes on where it was.
 """
 
@@ -19,16 +21,15 @@ import argparse
 import dataclasses
 import json
 import math
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from benchmarks.launching import launch
 from benchmarks.records import Record, Setting, merge, read_records, table
 from reproduction.pictures import new_figure, save
+from reproduction.runs import finish
 from rich.console import Console
 from transformers import AutoConfig
 
@@ -46,12 +47,16 @@ CONTENDERS: dict[str, list[str]] = {
     # A rate that suits a model that has to relearn half of itself would spoil one that is whole.
     "full": [*WHOLE, "--structure.multiple_of", "1", "--optimizer.lr", "2e-4"],
 }
-SUMMARY, METRICS, COST = "summary.json", "metrics.jsonl", "seconds_per_step.json"
+SAMPLE = 10
+"""Steps of the rounds that tell what a step costs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="shrink.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="shrink.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "shrink_smollm2.yaml")
     parser.add_argument("--minutes", type=float, default=60, help="training time of every contender")
@@ -59,11 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a machine that is shared")
     parser.add_argument("--points", type=int, default=8, help="evaluations in a run")
-    parser.add_argument("--out", type=Path, default=Path("runs/shrink"))
+    parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/shrink, or runs/shrink-quick)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the records to this file")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw perplexity against time")
     parser.add_argument("--quick", action="store_true", help="a few steps each: proves only that it runs")
-    options, passed_on = parser.parse_known_args(arguments)
+    options, options.passed_on = parser.parse_known_args(arguments)
+    options.out = options.out or Path("runs") / ("shrink-quick" if options.quick else "shrink")
+    options.command = " ".join(["python tools/shrink.py", *(sys.argv[1:] if arguments is None else arguments)])
     setting = Setting(Accelerator(), quick=options.quick)
     try:
         if options.json:
@@ -71,11 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results: dict[tuple[str, int], dict[str, Any]] = {}
         for seed in options.seeds:
             for name in options.contenders:
-                untrained = random_weights(options.config, passed_on) if name == "scratch" else []
-                run = Run(options, name, seed, [*passed_on, *CONTENDERS[name], *untrained])
-                results[name, seed] = run.result()
+                results[name, seed] = Contender(options, name, seed).result()
                 print(f"{name}, seed {seed}: perplexity {results[name, seed]['perplexity']:.2f}", flush=True)
-        records = [_record(setting, *key, result, results, options.clock) for key, result in results.items()]
+        records = [_record(setting, options, *key, results) for key in results]
         if options.json:
             merge(options.json, records)
         if options.picture:
@@ -103,61 +108,77 @@ def random_weights(config: Path, passed_on: Sequence[str]) -> list[str]:
     return ["--task.model", json.dumps(settings), "--task.tokenizer", model]
 
 
-class Run:
-    """One contender with one seed, in a folder of its own."""
+class Contender:
+    """One contender with one seed."""
 
-    def __init__(self, options: argparse.Namespace, name: str, seed: int, arguments: list[str]):
-        self.options, self.name, self.seed, self.arguments = options, name, seed, arguments
-        self.out: Path = options.out / f"{name}-{seed}"
+    def __init__(self, options: argparse.Namespace, name: str, seed: int):
+        self.options, self.name, self.seed = options, name, seed
+        untrained = random_weights(options.config, options.passed_on) if name == "scratch" else []
+        self.arguments = [*options.passed_on, *CONTENDERS[name], *untrained, "--track.display", "plain"]
         self.clock = {"wall": "train_seconds", "cpu": "train_cpu_seconds"}[options.clock]
 
     def result(self) -> dict[str, Any]:
         """Train for the given time, unless that is done already; what came of it."""
-        if not (self.out / SUMMARY).is_file():
-            quick = self.options.quick
-            steps = 6 if quick else max(1, round(60 * self.options.minutes / self._seconds_per_step()))
-            every = max(1, steps // self.options.points)
-            self._launch(self.out, steps, "--track.eval_every", every, "--track.log_every", max(1, every // 4))
-            shutil.rmtree(self.out / "checkpoints")
-        summary = json.loads((self.out / SUMMARY).read_text())
-        records = [json.loads(line) for line in (self.out / METRICS).read_text().splitlines()]
-        points = [(r["step"], r[self.clock], r["val_loss"]) for r in records if "val_loss" in r]
-        last = records[-1]
-        points.append((last["step"], last[self.clock], summary["exported"]["loss"]))
+        options = self.options
+        steps = 6 if options.quick else max(1, round(60 * options.minutes / self.seconds_per_step()))
+        every = max(1, steps // options.points)
+        shown = ["--track.eval_every", every, "--track.log_every", max(1, every // 4)]
+        arguments = [*self.arguments, "--steps", steps, "--seed", self.seed, *shown]
+        run = finish(options.out / f"{self.name}-{self.seed}", options.config, arguments)
+        exported, last = run.summary["exported"], run.metrics[-1]
+        points = [(r["step"], r[self.clock], r["val_loss"]) for r in run.metrics if "val_loss" in r]
         return {
-            "perplexity": math.exp(summary["exported"]["loss"]),
-            "parameters": summary["exported"]["parameters"],
-            "steps": summary["steps"],
+            "perplexity": math.exp(exported["loss"]),
+            "parameters": exported["parameters"],
+            "steps": run.summary["steps"],
             "seconds": last[self.clock],
             "wall_seconds": last["train_seconds"],
-            "points": points,
+            "start_seconds": run.summary["seconds"].get("start", 0.0),
+            "points": [*points, (last["step"], last[self.clock], exported["loss"])],
+            "settings": run.settings,
         }
 
-    def _seconds_per_step(self) -> float:
-        """Of two whole rounds, pairs and transfers included; the first step, which allocates, counts too."""
-        folder: Path = self.options.out / f"{self.name}-cost"
-        if not (folder / COST).is_file():
-            steps = 20
-            self._launch(folder, steps, "--track.log_every", steps, "--sync_every", steps // 2, "--task.val_batches", 1)
-            last = json.loads((folder / METRICS).read_text().splitlines()[-1])
-            shutil.rmtree(folder / "checkpoints")
-            (folder / COST).write_text(json.dumps(last[self.clock] / steps))
-        return json.loads((folder / COST).read_text())
+    def seconds_per_step(self) -> float:
+        """Of the whole run: while it explores, rounds have pairs; once it is settled, they have none."""
+        config = parse(["--config", str(self.options.config), *self.arguments, "--steps", "1"])
+        settled = config.structure.settle
+        pairs = config.structure.paired_batches * SAMPLE / config.sync_every
+        shares = {0: 1 - settled, 1: settled}
+        return sum(share * self._cost(settle, max(1, round(pairs))) for settle, share in shares.items() if share)
 
-    def _launch(self, out: Path, steps: int, *arguments: object) -> None:
-        words = ["--config", self.options.config, "--out", out, "--steps", steps, "--seed", self.seed]
-        launch(f"{self.name}, seed {self.seed}", [*words, "--resume", "auto", *self.arguments, *arguments])
+    def _cost(self, settle: int, pairs: int) -> float:
+        """Seconds of a step in the second and third round, transfers included; in the first the plan is known and
+        everything is made."""
+        arguments = [*self.arguments, "--steps", 3 * SAMPLE, "--sync_every", SAMPLE, "--seed", 0]
+        arguments += ["--structure.settle", settle, "--structure.paired_batches", pairs]
+        arguments += ["--track.log_every", SAMPLE, "--track.eval_every", 0, "--task.val_batches", 1]
+        run = finish(self.options.out / f"{self.name}-cost-{settle}", self.options.config, arguments)
+        first, *_, last = (record for record in run.metrics if record["step"])
+        return (last[self.clock] - first[self.clock]) / (last["step"] - first["step"])
 
 
 def _record(
-    setting: Setting, name: str, seed: int, result: dict[str, Any], results: dict[tuple[str, int], Any], clock: str
+    setting: Setting, options: argparse.Namespace, name: str, seed: int, results: dict[tuple[str, int], Any]
 ) -> Record:
+    result = results[name, seed]
     first = "full" if ("full", seed) in results else next(one for one, of in results if of == seed)
-    ratio = result["perplexity"] / results[first, seed]["perplexity"]
-    case = f"{name}, seed {seed}, {result['seconds'] / 60:.0f} min"
-    details = {key: result[key] for key in ("parameters", "steps", "seconds", "wall_seconds", "points")}
-    details |= {"clock": clock, "tool": "tools/shrink.py", "repeats": 1}
-    return setting.record("shrink", case, result["perplexity"], "perplexity", ratio, f"{first}, same seed", **details)
+    against = results[first, seed]["perplexity"]
+    details = {key: value for key, value in result.items() if key != "perplexity"}
+    return setting.record(
+        "shrink",
+        f"{name}, seed {seed}, {options.minutes:g} min",
+        result["perplexity"],
+        "perplexity",
+        result["perplexity"] / against,
+        f"{first}, same seed",
+        against_value=against,
+        repeats=1,
+        clock=options.clock,
+        arguments=options.passed_on,
+        tool="tools/shrink.py",
+        command=options.command,
+        **details,
+    )
 
 
 def draw(results: dict[tuple[str, int], dict[str, Any]], file: Path, clock: str) -> None:

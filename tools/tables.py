@@ -121,7 +121,7 @@ def start(records: Records) -> Iterator[str]:
 
 def larger(records: Records) -> Iterator[str]:
     """A row for each model, then how its loss fell."""
-    yield "| master | parameters | trained in a step | master ÷ device peak | device peak | host peak | seconds |"
+    yield "| master | parameters | trained in a step | master ÷ device | device (CPU: held) | host peak | seconds |"
     yield "| --- | ---: | ---: | ---: | ---: | ---: | --- |"
     for record in records:
         d = record["details"]

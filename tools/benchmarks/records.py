@@ -31,7 +31,8 @@ class Record:
     """Median over the repeats, in `unit`."""
     unit: str
     ratio: float
-    """How many times as good as `against`: the median of the ratios of neighbouring repeats."""
+    """To `against`. Of speeds, how many times as good, the median over neighbouring repeats; of losses, seconds and
+    bytes, this one's divided by the other's."""
     against: str
     device: str
     versions: dict[str, str]

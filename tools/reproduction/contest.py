@@ -9,13 +9,14 @@ from typing import Any
 
 from benchmarks.records import Record, Setting
 
+from offload_trainer.errors import UserError
 from reproduction.runs import SHORT, WHOLE, Run, finish
 
 CONFIGS = {"text": "quickstart", "image": "vgg19_cifar10"}
 TIMES = 4
 """As wide as the subnet is the master, where nothing else is said."""
 QUICK: dict[str, Any] = {"text_steps": 4, "image_steps": 4, "seeds": [0]}
-QUICK_KEYS = ["--task.val_batches", "1"]
+QUICK_KEYS: list[str] = []
 TEXT_RATE = 1e-3
 """At which the small dense network ends best, of 0.4, 0.75, 1, 1.5 and 3 thousandths: at one that does not suit it,
 anything that changes its course looks good."""
@@ -50,12 +51,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=float, default=0.25, help="of the small VGG-19's channels (default: 0.25)")
     parser.add_argument("--limit", type=int, help="images to train on (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the contenders, by name")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the contenders, by name (x for ×, 0.5 for ½)")
 
 
 def chosen(options: argparse.Namespace, contenders: Sequence[Contender]) -> list[Contender]:
-    """The contenders that `--only` names, the first one in any case: the others are compared with it."""
-    return [c for i, c in enumerate(contenders) if not options.only or not i or c.name in options.only]
+    """The contenders that `--only` names, the first one in any case: the others are compared with it.
+
+    Raises `UserError` for a name that is none's.
+    """
+    wanted = {plain(name) for name in options.only or []}
+    unknown = wanted - {plain(one.name) for one in contenders}
+    if unknown:
+        names = ", ".join(repr(one.name) for one in contenders)
+        raise UserError(f"--only: no contender is called {min(unknown)!r}; there are {names}")
+    return [one for i, one in enumerate(contenders) if not wanted or not i or plain(one.name) in wanted]
+
+
+def plain(name: str) -> str:
+    """A contender's name without what a keyboard or a file system lacks."""
+    return re.sub(r"[^\w.=]+", "-", name.replace("×", "x").replace("½", "0.5")).strip("-")
 
 
 def train(setting: Setting, options: argparse.Namespace, task: str, one: Contender, seed: int) -> Run:
@@ -65,7 +79,7 @@ def train(setting: Setting, options: argparse.Namespace, task: str, one: Contend
     arguments += ["--checkpoint.every", max(1, steps // 4)]
     if task == "text":
         arguments += ["--task.model", json.dumps(_llama(one.times)), "--task.sequence", 128, "--task.batch_size", 8]
-        arguments += ["--task.val_batches", 40, "--optimizer.lr", TEXT_RATE]
+        arguments += ["--task.val_batches", 1 if setting.quick else 40, "--optimizer.lr", TEXT_RATE]
     else:
         arguments += ["--task.data", options.data, "--task.width", options.width * one.times]
         arguments += ["--task.batch_size", options.batch]
@@ -77,9 +91,8 @@ def train(setting: Setting, options: argparse.Namespace, task: str, one: Contend
         arguments += [*WHOLE, "--structure.settle", 0]
     else:
         arguments += ["--structure.keep", 1 / one.times, *SPARSE[task], *RECIPE, *one.keys, *options.of_structure]
-    passed_on = [word for word in options.passed_on if task == "text" or word not in QUICK_KEYS]
-    name = re.sub(r"[^\w.=]+", "-", one.name.replace("×", "x").replace("½", "0.5")).strip("-")
-    return finish(options.out / task / f"{name}-seed-{seed}", CONFIGS[task], [*arguments, *passed_on])
+    folder = options.out / task / f"{plain(one.name)}-seed-{seed}"
+    return finish(folder, CONFIGS[task], [*arguments, *options.passed_on])
 
 
 def _llama(times: float) -> dict[str, Any]:
@@ -94,13 +107,14 @@ def contest(
     setting: Setting, options: argparse.Namespace, name: str, contenders: Sequence[Contender]
 ) -> Iterator[Record]:
     """A record of every contender, task and seed, against the first of the same task and seed."""
+    wanted = chosen(options, contenders)
     for task in options.tasks:
         steps = options.text_steps if task == "text" else options.image_steps
         size = f"Llama, {steps} steps" if task == "text" else f"VGG-19 width {options.width:g}, {steps} steps"
         size += f", {options.limit} images" if task == "image" and options.limit else ""
         for seed in options.seeds:
             first: Run | None = None
-            for one in chosen(options, contenders):
+            for one in wanted:
                 run = train(setting, options, task, one, seed)
                 first = first or run
                 exported, against = run.summary["exported"], first.summary["exported"]["loss"]
@@ -121,21 +135,16 @@ def contest(
                     accuracy=exported["accuracy"],
                     parameters=run.parameters,
                     master_parameters=run.full_parameters,
-                    device_bytes=device_bytes(run),
+                    device_bytes=run.device_bytes,
                     seconds=run.seconds,
                     time=run.seconds / first.seconds,
                     curve=[(r["step"], r["train_seconds"], r["val_loss"]) for r in run.metrics if "val_loss" in r],
+                    settings=run.settings,
                     arguments=[*options.of_structure, *options.passed_on],
                     tool=f"tools/{'frontier' if name == 'frontier' else 'reproduce'}.py"
                     + ("" if name == "frontier" else f" {name}"),
                     command=options.command,
                 )
-
-
-def device_bytes(run: Run) -> int:
-    """The peak on a device; on a CPU, which does not tell, the ledger's prediction of it."""
-    ledger = run.summary["ledger"]
-    return ledger["measured"].get("device_peak_bytes") or ledger["predicted"]["device_peak_bytes"]
 
 
 def by_contender(records: list[dict[str, Any]]) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:

@@ -87,6 +87,7 @@ def measure(setting: Setting, options: argparse.Namespace) -> Iterator[Record]:
             pairs=point.pairs,
             largest=point.largest,
             factors=factors,
+            settings=run.settings,
             arguments=[*options.of_structure, *options.passed_on],
             tool="tools/reproduce.py figure4",
             command=options.command,

@@ -88,6 +88,7 @@ def _record(
         seed=seed,
         train_minutes=run.seconds / 60,
         transfers=run.summary["transfers"],
+        settings=run.settings,
         arguments=[*options.of_structure, *options.passed_on],
         tool="tools/reproduce.py interval",
         command=options.command,

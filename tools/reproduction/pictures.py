@@ -4,12 +4,17 @@ import io
 from pathlib import Path
 from typing import Any
 
+from offload_trainer.errors import UserError
+
 
 def new_figure(
     rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4.2), **options: Any
 ) -> tuple[Any, Any]:
-    """A figure of matplotlib and its axes. options: of `plt.subplots`."""
-    import matplotlib
+    """A figure of matplotlib and its axes. options: of `plt.subplots`. Raises `UserError` without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("pictures need matplotlib, which is not installed: pip install matplotlib") from None
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.launching import launch
+from pydantic import BaseModel
 
+from offload_trainer.config import parse
 from offload_trainer.errors import UserError
 from offload_trainer.master.checkpoint import write_json
 from reproduction.timed import PASSES
@@ -22,6 +24,8 @@ SHORT = [
 ]
 """Keys of a config that make a run on images tiny."""
 ASKED, SUMMARY, METRICS = "asked.json", "summary.json", "metrics.jsonl"
+ELSEWHERE = ("out", "resume")
+"""Keys that say where a run is, not what."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Run:
     metrics: list[dict[str, Any]]
     passes: dict[str, float]
     """Seconds of all its forward and all its backward passes."""
+    settings: dict[str, Any]
+    """Keys of its config that differ from their defaults, and their values."""
 
     @property
     def parameters(self) -> int:
@@ -48,24 +54,48 @@ class Run:
         """Of the training loop, without evaluations."""
         return self.metrics[-1]["train_seconds"]
 
+    @property
+    def device_bytes(self) -> int:
+        """The peak on a device; on a CPU, which does not tell, the ledger's prediction of it."""
+        ledger = self.summary["ledger"]
+        return ledger["measured"].get("device_peak_bytes") or ledger["predicted"]["device_peak_bytes"]
 
-def finish(out: Path, config: str, arguments: Sequence[object], *, keep_checkpoints: bool = False) -> Run:
-    """The run of a shipped config in the folder `out`, as its command does it: trained now, unless that is done, and
-    gone on with where it was interrupted.
+
+def finish(out: Path, config: str | Path, arguments: Sequence[object], *, keep_checkpoints: bool = False) -> Run:
+    """The run of a config (a shipped one by its name) in the folder `out`, as its command does it: trained now, unless
+    that is done, and gone on with where it was interrupted.
 
     Raises `UserError` if the run fails, or if another one lies in the folder.
     """
-    asked = {"config": config, "arguments": [str(word) for word in arguments]}
-    if (out / ASKED).is_file() and json.loads((out / ASKED).read_text()) != asked:
-        raise UserError(f"{out} holds a run with other arguments: name another --out, or remove it")
+    file = ROOT / "configs" / f"{config}.yaml" if isinstance(config, str) else config
+    words = ["--config", file, "--out", out, *arguments]
+    settings = chosen(parse([str(word) for word in words]))
+    begun = (out / METRICS).exists()
+    if begun and (not (out / ASKED).is_file() or json.loads((out / ASKED).read_text()) != settings):
+        raise UserError(
+            f"{out} holds a run with other arguments, or of a config that has changed: remove it, or use another --out"
+        )
     if not (out / SUMMARY).is_file():
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / ASKED, asked)
-        words = ["--config", ROOT / "configs" / f"{config}.yaml", "--out", out, "--resume", "auto", *arguments]
-        launch(out.name, words, ["-m", "reproduction.timed"])
+        write_json(out / ASKED, settings)
+        launch(out.name, [*words, "--resume", "auto"], ["-m", "reproduction.timed"])
         if not keep_checkpoints:
             shutil.rmtree(out / "checkpoints")
     lines = (out / METRICS).read_text().splitlines()
     summary, passes = (json.loads((out / name).read_text()) for name in (SUMMARY, PASSES))
     scale = summary["steps"] / passes.pop("steps")  # a run that was killed timed some steps twice
-    return Run(out, summary, [json.loads(line) for line in lines], {k: v * scale for k, v in passes.items()})
+    passes = {name: seconds * scale for name, seconds in passes.items()}
+    return Run(out, summary, [json.loads(line) for line in lines], passes, settings)
+
+
+def chosen(section: BaseModel) -> dict[str, Any]:
+    """Keys of a config that differ from their defaults, and their values, as JSON has them; but not where it is run."""
+    values = section.model_dump(mode="json")
+    found = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            found |= {f"{name}.{key}": inner for key, inner in chosen(value).items()}
+        elif name not in ELSEWHERE and value != field.get_default(call_default_factory=True):
+            found[name] = values[name]
+    return found

@@ -126,6 +126,7 @@ def _record(
         steps=run.summary["steps"],
         curve=curve,
         paper=paper and {"lost": 100 * (DENSE - paper.accuracy), "faster": paper.faster, "share": paper.parameters},
+        settings=run.settings,
         arguments=[*options.of_structure, *options.passed_on],
         tool="tools/reproduce.py table5",
         command=options.command,

@@ -82,6 +82,7 @@ def measure(setting: Setting, options: argparse.Namespace) -> Iterator[Record]:
                     kind=kind,
                     estimator=name,
                     seed=options.seed,
+                    settings=run.settings,
                     arguments=[*options.of_structure, *options.passed_on],
                     tool="tools/reproduce.py variance",
                     command=options.command,

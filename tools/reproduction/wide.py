@@ -1,7 +1,8 @@
 """A master many times as wide as the subnetwork that fits: channel ratios far below the paper's (its third point).
 
-Against the same small network trained alone, for as many steps on the same data: quality, time and memory. The third
-run is the whole wide network, if `--whole` asks for it; only its bytes are predicted otherwise.
+Against the same small network trained alone, for as many steps on the same data: quality, time and memory. "unscaled"
+is ours with the initial weights of the wide network, too small for a narrow one. The whole wide network is trained if
+`--whole` asks for it.
 """
 
 import argparse
@@ -31,15 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(setting: Setting, options: argparse.Namespace) -> Iterator[Record]:
     wide = options.width * options.times
+    sparse = ["--structure.keep", 1 / options.times, *options.of_structure]
     runs = {
         "small": train(options, "small", options.width, WHOLE),
-        "ours": train(options, "ours", wide, ["--structure.keep", 1 / options.times, *options.of_structure]),
+        "ours": train(options, "ours", wide, sparse),
+        "unscaled": train(options, "unscaled", wide, [*sparse, "--structure.rescale", "false"]),
     }
     if options.whole:
         runs["whole"] = train(options, "whole", wide, WHOLE)
     for name, run in runs.items():
         measured, small = run.summary["ledger"]["measured"], runs["small"]
-        held = _device_bytes(run)
         yield setting.record(
             "wide",
             f"{options.model}, width {options.width:g}, {options.times:g} times, {options.steps} steps, {name}",
@@ -52,21 +54,16 @@ def measure(setting: Setting, options: argparse.Namespace) -> Iterator[Record]:
             contender=name,
             parameters=run.parameters,
             master_parameters=run.full_parameters,
-            device_bytes=held,
+            device_bytes=run.device_bytes,
             host_bytes=measured["host_peak_bytes"],
             seconds=run.seconds,
             transfers=run.summary["transfers"],
             curve=[(r["train_seconds"], r["val_accuracy"]) for r in run.metrics if "val_accuracy" in r],
+            settings=run.settings,
             arguments=[*options.of_structure, *options.passed_on],
             tool="tools/reproduce.py wide",
             command=options.command,
         )
-
-
-def _device_bytes(run: Run) -> int:
-    """What the device held between two steps, activations not among it, on a CPU; its peak on a GPU."""
-    measured = run.summary["ledger"]["measured"]
-    return measured.get("device_peak_bytes") or measured["device_held_bytes"]
 
 
 def train(options: argparse.Namespace, name: str, width: float, structure: list[Any]) -> Run:
