@@ -115,6 +115,8 @@ def resumable(config: Config) -> dict[str, object]:
         "structure.budget": structure.budget,
         "structure.keep": structure.share if structure.uses_keep else None,
         "structure.groups": structure.groups,
+        "structure.rules": structure.rules,
+        "structure.pin_unknown": structure.pin_unknown or None,
         "structure.multiple_of": structure.multiple_of,
         "structure.start": structure.start,
         "structure.reference": structure.reference,

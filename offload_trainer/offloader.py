@@ -17,8 +17,8 @@ from offload_trainer.device.processes import require_supported, transfer_threads
 from offload_trainer.device.subnet import TrainedSubnet
 from offload_trainer.device.workbench import Compile, Workbench
 from offload_trainer.errors import UserError
-from offload_trainer.groups import Groups, Plan
-from offload_trainer.master import Master, StateLayout, probe_optimizer
+from offload_trainer.groups import Groups, Plan, require_of
+from offload_trainer.master import Master, probe_optimizer, trained_dtype
 from offload_trainer.master.interrupts import undivided
 from offload_trainer.master.precision import FP32, Precision
 from offload_trainer.rounds import Boundary, Round, RoundReport, Spent, Transfers, require_arguments
@@ -74,8 +74,8 @@ class Offloader:
         self.device = self.accelerator.device
         self.groups, self.structure, self.loss_fn = groups, structure, loss_fn
         self.sync_every, self.clip_norm, self.precision = sync_every, clip_norm, precision
-        carry, dtype = state == "carry", next(model.parameters()).dtype
-        layout = probe_optimizer(optimizer, dtype, self.device) if carry else StateLayout({}, {}, None)
+        require_of(model, groups)
+        layout = probe_optimizer(optimizer, trained_dtype(model), self.device, carry=state == "carry")
         self.steps = self.rounds = 0  # optimizer steps taken; rounds finished
         self.agenda = Agenda(groups, structure, reference)
         self.report, self.spent, self.transfers, self._closed = RoundReport(), Spent(), Transfers(), False
@@ -83,7 +83,7 @@ class Offloader:
         pin, sampled = self.device.type == "cuda", groups.sliced_by(structure.names)
         self._master = Master(model, layout, materialise=materialise, pin=pin, precision=precision, folder=folder)
         self.mover = choose_mover(transfer, transfer_threads(self.device, overlap=overlap))
-        ways = {"sampled": sampled, "carry": carry, "compile": compile, "overlap": overlap}
+        ways = {"sampled": sampled, "carry": state == "carry", "compile": compile, "overlap": overlap}
         self._bench = Workbench(self._master, self.device, optimizer, layout, mover=self.mover, **ways)
         self._crediting = Crediting(model, groups, structure.credited, magnitude=structure.estimator == "magnitude")
         self._boundary: Boundary | None = self._make_boundary()
@@ -200,7 +200,7 @@ class Offloader:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer of the running round; a learning rate schedule sets its `param_groups`."""
+        """Of the running round: another one where widths vary. A learning rate schedule sets its `param_groups`."""
         return self._running_subnet().optimizer
 
     def measured(self) -> dict[str, Any]:

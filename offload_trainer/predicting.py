@@ -19,7 +19,7 @@ from offload_trainer.groups import Groups, Plan
 from offload_trainer.groups.slicing import named_tensors
 from offload_trainer.master.ledger import Ledger, Phase
 from offload_trainer.master.master import master_bytes
-from offload_trainer.master.moments import OptimizerFactory, StateLayout
+from offload_trainer.master.moments import OptimizerFactory, StateLayout, trained_dtype
 from offload_trainer.master.precision import Precision
 from offload_trainer.master.sizes import Sizes
 
@@ -240,7 +240,7 @@ class Predictor:
 
     @cached_property
     def _optimizer(self) -> OptimizerCost:
-        return footprint.optimizer_cost(self.optimizer, next(self.model.parameters()).dtype, self.device)
+        return footprint.optimizer_cost(self.optimizer, trained_dtype(self.model), self.device)
 
     @cached_property
     def _passing(self) -> dict[str, int]:

@@ -11,7 +11,7 @@ from accelerate.utils import send_to_device, set_seed
 
 from offload_trainer import planning, tasks
 from offload_trainer.batches import batch_rows, pieces, shard
-from offload_trainer.config import Config
+from offload_trainer.config import Config, Custom
 from offload_trainer.config.base import size_in_bytes
 from offload_trainer.device import memory, ranks
 from offload_trainer.device.footprint import optimizer_cost
@@ -19,8 +19,9 @@ from offload_trainer.device.link import probe_link
 from offload_trainer.device.movers import choose_mover
 from offload_trainer.device.processes import transfer_threads
 from offload_trainer.errors import UserError
+from offload_trainer.files.writing import require_savable
 from offload_trainer.forecast import Forecast
-from offload_trainer.groups import Groups, Plan, find_groups, read_rules, verify_groups
+from offload_trainer.groups import Groups, Plan, find_groups, read_rules, slice_module, verify_groups
 from offload_trainer.groups.slicing import named_tensors, rebuild
 from offload_trainer.making import (
     OptimizerFactory,
@@ -32,7 +33,7 @@ from offload_trainer.making import (
     require_graphs,
     resumable,
 )
-from offload_trainer.master import Checkpoint, Ledger, StateLayout, probe_optimizer
+from offload_trainer.master import Checkpoint, Ledger, StateLayout, probe_optimizer, trained_dtype
 from offload_trainer.master.precision import TYPES, Precision
 from offload_trainer.planning import Decision
 from offload_trainer.predicting import Predictor
@@ -91,6 +92,7 @@ def prepare(config: Config) -> Prepared:
     choose_mover(config.memory.transfer, transfer_threads(accelerator.device, overlap=config.memory.overlap))
     set_seed(config.seed)
     task = tasks.build_task(config.task, config.seed)
+    require_savable(named_tensors(task.model))
     if config.memory.recompute:
         recompute_activations(task.model)
     if config.structure.rules is not None:
@@ -103,9 +105,8 @@ def prepare(config: Config) -> Prepared:
     if checkpoint is not None and config.structure.keep is None:
         config = with_keep(config, checkpoint.meta["config"].get("structure.keep"))
     optimizer = optimizer_factory(config.optimizer)
-    layout = StateLayout({}, {}, None)
-    if config.optimizer.state == "carry":
-        layout = probe_optimizer(optimizer, next(task.model.parameters()).dtype, accelerator.device)
+    carry = config.optimizer.state == "carry"
+    layout = probe_optimizer(optimizer, trained_dtype(task.model), accelerator.device, carry=carry)
     precision = Precision(TYPES[config.memory.weights], TYPES[config.memory.moments], config.seed)
     predictor = make_predictor(config, accelerator, task, groups, optimizer, layout, precision, checkpoint)
     decision = decide_keep(config, accelerator, groups, predictor)
@@ -117,12 +118,28 @@ def prepare(config: Config) -> Prepared:
     forecast = make_forecast(config, accelerator, predictor, decision, export)
     if not config.dry_run:
         planning.require(forecast.verdicts)
-    if config.structure.verify and structure.names and all(verdict.fits for verdict in forecast.verdicts):
+    fits = all(verdict.fits for verdict in forecast.verdicts)
+    if fits and isinstance(config.task, Custom):
+        rehearse(config.task.function, accelerator, predictor, Plan(groups, structure.top()), task)
+    if fits and config.structure.verify and structure.names:
         verify_groups(task.model, groups, task.example_inputs)
         memory.give_back()
         growth = memory.host_bytes() - predictor.process  # by what a first forward and backward load and keep
         forecast = replace(forecast, ledger=forecast.ledger.with_larger_process(growth))
     return Prepared(config, accelerator, task, groups, structure, optimizer, precision, forecast, checkpoint)
+
+
+def rehearse(function: str, accelerator: Accelerator, predictor: Predictor, plan: Plan, task: tasks.Task) -> None:
+    """Try a user's own loss and metric on a subnet and real batches; not of a model on meta, which has no values."""
+    if any(tensor.is_meta for tensor in named_tensors(task.model).values()):
+        return
+    before = memory.random_state(accelerator.device)
+    module = slice_module(task.model, plan, plan.groups).to(accelerator.device)
+    with accelerator.autocast():
+        tasks.rehearse(task, module, predictor.batch, predictor.val_batch, function)
+    memory.set_random_state(accelerator.device, before)
+    del module
+    memory.give_back()
 
 
 def with_keep(config: Config, keep: float | None) -> Config:

@@ -48,6 +48,9 @@ class Round:
                 "CUDA graphs (memory.cuda_graphs) take a step's batch whole: a second backward pass before step() would"
                 " overwrite the gradients of the first"
             )
+        if not isinstance(loss, Tensor) or loss.ndim:
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise UserError(f"loss_fn(module, batch) must return a scalar tensor; it returned {what}")
         self.losses.append(loss.detach().clone())  # a CUDA graph overwrites it in the next step
 
     def difference(self, accelerator: Accelerator) -> float | None:

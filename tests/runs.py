@@ -178,6 +178,27 @@ def accuracy(module: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
     return {"loss": nn.functional.cross_entropy(logits, batch[1]), "accuracy": hits}
 
 
+def wrong(part: str) -> dict[str, Any]:
+    """`blobs`, but for one part that is not as it must be; or with hidden layers of one size ("square")."""
+    made = blobs()
+    model, (points, labels) = made["model"], made["train"][0]
+    change: dict[str, dict[str, Any]] = {
+        "loss": {"loss": lambda module, batch: 1 / 0},
+        "detached": {"loss": lambda module, batch: cross_entropy(module, batch).detach()},
+        "label": {"train": [(points, labels + 5)]},
+        "metric": {"metric": lambda module, batch: {"accuracy": {}["acc"]}},
+        "nothing": {"metric": lambda module, batch: None},
+        "val": {"val": [(points[:, :5], labels)]},
+        "widths": {"widths": 5},
+        "square": {"model": nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))},
+    }
+    if part == "type":
+        model.register_buffer("ticks", torch.zeros(3, dtype=torch.uint16))
+    if part == "frozen":
+        model.requires_grad_(False)
+    return made | change.get(part, {})
+
+
 def a_failure() -> None:
     raise ValueError("the disk is on fire")
 

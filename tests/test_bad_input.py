@@ -68,6 +68,15 @@ CASES: dict[str, tuple[dict[str, object], list[str], str]] = {
         ["--memory.device", "1GiB"],
         "structure.keep (null) must be given with structure.schedule (cubic)",
     ),
+    "a loss that fails": (custom("wrong", part="loss"), [], "loss raised ZeroDivisionError: "),
+    "a loss without a gradient": (custom("wrong", part="detached"), [], "loss does not depend on a trained parameter"),
+    "a label too large": (custom("wrong", part="label"), [], "loss raised IndexError: Target 7 is out of bounds"),
+    "a metric that fails": (custom("wrong", part="metric"), [], "metric, on a batch of val, raised KeyError: 'acc' ("),
+    "a metric of nothing": (custom("wrong", part="nothing"), [], "metric metric must return a scalar tensor"),
+    "val of another width": (custom("wrong", part="val"), [], "metric, on a batch of val, raised RuntimeError: mat1"),
+    "rules for widths": (custom("wrong", part="widths"), [], "widths must be a dict of rules; it is int"),
+    "a tensor that no file holds": (custom("wrong", part="type"), [], "ticks: tensors of torch.uint16 cannot be saved"),
+    "nothing to train": (custom("wrong", part="frozen"), [], "no parameter of the model is trained"),
     "tracker": ({"track.trackers": ["carrier pigeon"]}, [], "carrier pigeon"),
 }
 
@@ -181,6 +190,17 @@ def test_resuming_with_another_structure(tmp_path: Path, capsys: pytest.CaptureF
     for key, value, there in (("structure.sampler", "bernoulli", "fixed"), ("structure.keep", "0.3", "0.5")):
         line = one_line(capsys, main(["--config", file, "--resume", "auto", f"--{key}", value]))
         assert f"{key} ({value}) must be {there}, as in the checkpoint" in line
+
+
+def test_resuming_with_other_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the same sizes, so that nothing else would tell."""
+    file = str(config(tmp_path, **custom("wrong", part="square"), steps=4))
+    rules = ["{a: ['0.weight:0', '0.bias:0', '2.weight:1']}", "{a: ['2.weight:0', '2.bias:0', '4.weight:1']}"]
+    assert main(["--config", file, "--structure.rules", rules[0]]) == 0
+    capsys.readouterr()
+    words = ["--config", file, "--resume", "auto", "--steps", "8", "--structure.rules"]
+    assert "structure.rules (" in one_line(capsys, main([*words, rules[1]]))
+    assert main([*words, rules[0]]) == 0
 
 
 def test_resuming_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

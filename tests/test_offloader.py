@@ -10,7 +10,8 @@ import torch._dynamo
 from accelerate import Accelerator
 from torch import nn
 
-from offload_trainer import Group, Offloader, Structure, UserError, find_groups
+from offload_trainer import Group, Offloader, Structure, UserError, find_groups, verify_groups
+from offload_trainer.groups import Plan, slice_module
 from offload_trainer.rounds import Round
 
 Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -162,6 +163,33 @@ def test_the_reference_leaves_no_trace() -> None:
         assert torch.equal(tensor, results[1][name]), name
 
 
+def test_nor_does_it_when_the_loss_fails() -> None:
+    results, failing = [], False
+
+    def failing_loss(module: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        loss = loss_fn(module, batch)
+        if failing:
+            raise ArithmeticError
+        return loss
+
+    for tried in (False, True):
+        model = network()
+        groups = find_groups(model, (torch.zeros(3, 3, 8, 8),))
+        torch.manual_seed(5)
+        with Offloader(
+            model, groups, failing_loss, optimizer=ADAMW, structure=Structure(groups, 0.5, lr=0.0), sync_every=4
+        ) as trainer:
+            failing = tried
+            if tried:
+                with pytest.raises(ArithmeticError):
+                    trainer.loss(data(1)[0])  # the reference's comes first
+            failing = False
+            run(trainer, data(8))
+        results.append({name: tensor.clone() for name, tensor in trainer.master.items()})
+    for name, tensor in results[0].items():
+        assert torch.equal(tensor, results[1][name]), name
+
+
 def test_the_difference_is_the_mean_over_the_paired_batches() -> None:
     with offloader(network(), SGD, paired_batches=2) as trainer:
         trainer.begin_round()
@@ -213,6 +241,45 @@ def test_a_unit_that_comes_in_late_takes_no_oversized_step(late: int) -> None:
         step = (trainer.subnet.get_parameter("0.weight").detach() - before).abs()[new]
         assert float(step.max()) <= 1.05 * lr
         assert float(step.median()) >= 0.5 * lr  # nor is it held back
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["one after another", "overlapping"])
+@pytest.mark.parametrize(
+    "factory",
+    [
+        lambda params: torch.optim.Rprop(params, lr=1e-2),
+        lambda params: torch.optim.Adagrad(params, lr=1e-2, initial_accumulator_value=10.0),
+    ],
+    ids=["rprop", "adagrad"],
+)
+def test_state_that_starts_elsewhere_than_at_zero_does_so_for_late_units(factory: Factory, overlap: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 5))
+    groups = find_groups(model, (torch.zeros(3, 6),))
+    structure = Structure(groups, 0.5, lr=0.0)
+    seen = torch.zeros(64, dtype=torch.bool)
+    first: list[float] = []
+    with Offloader(
+        model, groups, loss_fn, optimizer=factory, structure=structure, sync_every=1, overlap=overlap
+    ) as trainer:
+        for _ in range(4):
+            trainer.begin_round()
+            kept = trainer.plan[structure.names[0]]
+            new = ~seen[kept]
+            before = trainer.subnet.get_parameter("0.weight").detach().clone()
+            batch = torch.randn(16, 6), torch.randint(5, (16,))
+            trainer.loss(batch).backward()
+            gradient = trainer.subnet.get_parameter("0.weight").grad[new].clone()  # type: ignore[index]
+            weight = trainer.subnet.get_parameter("0.weight")
+            alone = nn.Parameter(before[new].clone())
+            alone.grad = gradient
+            factory([alone]).step()
+            trainer.step()
+            torch.testing.assert_close(trainer.master["0.weight"][kept[new]], alone.detach())
+            assert weight is trainer.subnet.get_parameter("0.weight")
+            first.append(int(new.sum()))
+            seen[kept] = True
+    assert first[0] == 32 and sum(first[1:]) > 20
 
 
 def test_moments_of_an_unchanged_plan_go_on_as_in_plain_training() -> None:
@@ -281,6 +348,59 @@ def test_optimizer_state_of_another_shape_is_an_error() -> None:
 
     with pytest.raises(UserError, match=r"Odd keeps 'factors' as a tensor of shape \(6,\).*optimizer.state: reset"):
         offloader(network(), lambda params: Odd(params, lr=0.1))
+
+
+@pytest.mark.parametrize("state", ["carry", "reset"])
+def test_an_optimizer_that_takes_no_step_by_itself_is_refused(state: str) -> None:
+    with pytest.raises(UserError, match=r"LBFGS cannot take a step on a parameter of torch.float32: .*closure"):
+        offloader(network(), lambda params: torch.optim.LBFGS(params), state=state)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [(1.5, "float"), (None, "NoneType"), (torch.zeros(2), r"a tensor of shape \(2,\)")],
+    ids=["a number", "nothing", "a vector"],
+)
+def test_a_loss_must_be_a_scalar_tensor(wrong: object, said: str) -> None:
+    model = network()
+    groups = find_groups(model, (torch.zeros(3, 3, 8, 8),))
+    with (
+        pytest.raises(UserError, match=f"must return a scalar tensor; it returned {said}"),
+        Offloader(model, groups, lambda *_: wrong, optimizer=ADAMW, structure=Structure(groups, 0.5)) as trainer,
+    ):
+        trainer.loss(data(1)[0])
+
+
+def test_a_model_that_cannot_be_taken_over_is_refused() -> None:
+    """On meta with nobody to fill it; of which nothing is trained; with two tensors that are one in memory alone."""
+    with torch.device("meta"):
+        empty = network()
+    with pytest.raises(UserError, match=r"0\.weight is on the meta device"):
+        offloader(empty)
+    with pytest.raises(UserError, match="no parameter of the model is trained"):
+        offloader(network().requires_grad_(False))
+    shared = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    shared[2].weight.data = shared[0].weight.data
+    groups = find_groups(shared, (torch.zeros(3, 6),))
+    with pytest.raises(UserError, match=r"0\.weight and 2\.weight share their memory but are two tensors"):
+        Offloader(shared, groups, loss_fn, optimizer=ADAMW, structure=Structure(groups, 1.0))
+
+
+def test_groups_of_another_model_are_refused() -> None:
+    def wide(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 5))
+
+    groups = find_groups(wide(12), (torch.zeros(3, 6),))
+    said = r"these groups are another model's: 0.weight is \(12, 6\) in theirs and is \(20, 6\) in this model"
+    for keep in (0.5, 1.0):
+        with pytest.raises(UserError, match=said):
+            Offloader(wide(20), groups, loss_fn, optimizer=ADAMW, structure=Structure(groups, keep))
+    with pytest.raises(UserError, match=said):
+        verify_groups(wide(20), groups, (torch.zeros(3, 6),))
+    with pytest.raises(UserError, match=said):
+        slice_module(wide(20), Plan.whole(groups), groups)
+    with pytest.raises(UserError, match=r"2\.weight .* is not in this model"):
+        slice_module(nn.Sequential(nn.Linear(6, 12)), Plan.whole(groups), groups)
 
 
 def test_optimizer_must_be_one() -> None:

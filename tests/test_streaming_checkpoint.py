@@ -22,6 +22,7 @@ from offload_trainer.master import checkpoint as checkpoints
 from offload_trainer.master.checkpoint import CheckpointStore, _crc, find_checkpoint, open_checkpoint, write_json
 
 DTYPES = [
+    torch.complex64,
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
 ]  # fmt: skip

@@ -78,10 +78,13 @@ class TrainedSubnet(Subnet):
 
     def moment_slabs(self, moment: str) -> list[Slab]:
         if moment not in self._moments:
-            # Zeros, since a parameter that gets no gradient is written back as well.
+            # As they start, since a parameter that gets no gradient is written back as well.
             self._moments[moment] = [
                 Slab(shapes, dtype, self._device, zeros=True) for dtype, _, shapes in self.moment_kinds(moment)
             ]
+            if start := self._layout.starts.get(moment):
+                for slab in self._moments[moment]:
+                    slab.flat.fill_(start)
         return self._moments[moment]
 
     def begin(self, clock: int) -> None:

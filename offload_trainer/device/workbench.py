@@ -146,11 +146,12 @@ class Workbench:
         assert self._reference is not None
         module, before = self._reference.module, memory.random_state(self._device)
         statistics = [buffer.clone() for buffer in module.buffers()]
-        loss = loss_fn(module, batch)
-        for buffer, was in zip(module.buffers(), statistics, strict=True):
-            buffer.copy_(was)
-        memory.set_random_state(self._device, before)
-        return loss
+        try:
+            return loss_fn(module, batch)
+        finally:
+            for buffer, was in zip(module.buffers(), statistics, strict=True):
+                buffer.copy_(was)
+            memory.set_random_state(self._device, before)
 
     def drop_reference(self) -> None:
         """Free it for the rest of the round, unless it is trained next."""

@@ -17,5 +17,6 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
 }
 """Names of the dtypes that are read and written; others (8 bits and less) store quantized weights."""

@@ -92,6 +92,15 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
+def require_savable(tensors: Mapping[str, Tensor]) -> None:
+    """Raise `UserError` for the first tensor of a type that cannot be written."""
+    for name, tensor in tensors.items():
+        try:
+            dtype_name(tensor.dtype)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+
+
 def file_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Size of the file `write_safetensors` would write."""
     return 8 + len(_header(tensors, None)) + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -30,13 +30,24 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 def slice_module(module: nn.Module, plan: Plan, groups: Groups) -> nn.Module:
     """The sliced module of a plan, with tensors of its own. Nothing full-size is copied on the way.
 
-    Raises `UserError` when a module stores a width that no rule covers.
+    Raises `UserError` when a module stores a width that no rule covers, or the groups are another model's.
     """
+    require_of(module, groups)
     small: dict[str, Tensor] = {}
     for name, tensor in named_tensors(module).items():
         part = take(tensor.detach(), plan, name)
         small[name] = part if plan.slices(name) else part.clone()
     return rebuild(module, small, plan, groups)
+
+
+def require_of(model: nn.Module, groups: Groups) -> None:
+    """Raise `UserError` for groups of another model."""
+    tensors = named_tensors(model)
+    for name, shape in groups.shapes.items():
+        here = tensors[name].shape if name in tensors else None
+        if here != shape:
+            there = "is not in this model" if here is None else f"is {tuple(here)} in this model"
+            raise UserError(f"these groups are another model's: {name} is {tuple(shape)} in theirs and {there}")
 
 
 def rebuild(module: nn.Module, tensors: Mapping[str, Tensor], plan: Plan, groups: Groups) -> nn.Module:

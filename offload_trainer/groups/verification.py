@@ -24,7 +24,7 @@ from offload_trainer.groups.running import (
     run_watched,
     tensors_of,
 )
-from offload_trainer.groups.slicing import named_tensors, narrowed, slice_module, with_tensors
+from offload_trainer.groups.slicing import named_tensors, narrowed, require_of, slice_module, with_tensors
 
 _MORE = 5
 """Further draws of weights, as long as there is a group on which the outputs have not depended yet."""
@@ -55,6 +55,7 @@ def verify_groups(
     either, or is as wrong in it, and so is a width without a rule. What could pass is what is wrong at the full width
     alone: a branch of forward that is taken at some sizes, a limit on one.
     """
+    require_of(model, groups)
     generator = torch.Generator().manual_seed(seed)
     inputs = map_inputs(_float_copy, example_inputs)
     unseen = {group.name: group for group in groups}

@@ -3,7 +3,7 @@
 from offload_trainer.master.checkpoint import Checkpoint, CheckpointStore, find_checkpoint, whole_folder
 from offload_trainer.master.ledger import Ledger, Phase
 from offload_trainer.master.master import Master
-from offload_trainer.master.moments import StateLayout, probe_optimizer
+from offload_trainer.master.moments import StateLayout, probe_optimizer, trained_dtype
 from offload_trainer.master.slab import Slab
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "StateLayout",
     "find_checkpoint",
     "probe_optimizer",
+    "trained_dtype",
     "whole_folder",
 ]

@@ -7,6 +7,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from offload_trainer.errors import UserError
 from offload_trainer.groups.plan import Groups, Plan
 from offload_trainer.groups.slicing import named_tensors, slice_module
 from offload_trainer.master.moments import StateLayout
@@ -46,10 +47,13 @@ class Master:
         tensors: dict[str, Tensor] = {}
         full = named_tensors(model)
         self.computes: Mapping[str, torch.dtype] = MappingProxyType({name: t.dtype for name, t in full.items()})
-        meta = any(tensor.is_meta for tensor in full.values())
+        meta = [name for name, tensor in full.items() if tensor.is_meta]
+        if meta and materialise is None:
+            raise UserError(f"{meta[0]} is on the meta device: give `materialise`, which fills the model's tensors")
+        _require_apart(full)
         for dtype, shapes in by_dtype(stored_weights(full, precision)).items():
             # One that a real model moves into is not touched before: never two full copies.
-            slab = Slab(shapes, dtype, pin=pin and meta, folder=folder)
+            slab = Slab(shapes, dtype, pin=pin and bool(meta), folder=folder)
             self._slabs.append(slab)
             tensors.update(slab)
         names = list(full)
@@ -68,8 +72,9 @@ class Master:
             views: dict[str, Tensor] = {}
             for dtype, shapes in by_dtype(stored_moments(layout.entries(moment, trained), precision)).items():
                 slab = Slab(shapes, dtype, pin=pin, folder=folder)
-                if folder is None:
-                    slab.flat.zero_()  # all of it now, not bit by bit while training
+                start = layout.starts.get(moment, 0.0)
+                if folder is None or start:
+                    slab.flat.fill_(start)  # all of it now, not bit by bit while training
                 self._slabs.append(slab)
                 views.update(slab)
             self.moments[moment] = MappingProxyType({name: views[name] for name in trained})
@@ -110,6 +115,17 @@ def stored_weights(tensors: Mapping[str, Tensor], precision: Precision) -> Entri
 def stored_moments(entries: Entries, precision: Precision) -> Entries:
     """Of a moment that the optimizer keeps as `entries` says."""
     return {name: (precision.moment(dtype, shape), shape) for name, (dtype, shape) in entries.items()}
+
+
+def _require_apart(tensors: Mapping[str, Tensor]) -> None:
+    """Raise `UserError` for two tensors that are one in memory alone: in a slab they would be two."""
+    seen: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_meta or not tensor.numel():
+            continue
+        other = seen.setdefault((tensor.data_ptr(), tensor.shape), name)
+        if other != name:
+            raise UserError(f"{other} and {name} share their memory but are two tensors: tie them, as one tensor")
 
 
 def _adopt(model: nn.Module, name: str, view: Tensor) -> None:

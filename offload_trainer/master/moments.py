@@ -12,7 +12,7 @@ at no more than 1/(1−β₁)² steps, up to which the first step of a new entry
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ class StateLayout:
     scalars: Mapping[str, Any]
     """Name → an example value: a tensor without dimensions, or a number."""
     betas: tuple[float, float] | None
+    starts: Mapping[str, float] = field(default_factory=dict)
+    """Name of a moment → what its entries are before their first step, where that is not 0."""
 
     @property
     def corrected(self) -> bool:
@@ -61,22 +63,48 @@ class StateLayout:
         return 1 - self.betas[_ADAM_BETA[moment]] ** clock
 
 
-def probe_optimizer(factory: OptimizerFactory, dtype: torch.dtype, device: torch.device) -> StateLayout:
-    """Learn an optimizer's state from one step on a (6, 10) parameter.
+def trained_dtype(model: nn.Module) -> torch.dtype:
+    """Of the parameters that are trained. Raises `UserError` if none is."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            return parameter.dtype
+    raise UserError("no parameter of the model is trained: requires_grad is false for all of them")
 
-    Raises `UserError` when `factory` does not return an optimizer, or its state holds a tensor of another shape.
+
+def probe_optimizer(
+    factory: OptimizerFactory, dtype: torch.dtype, device: torch.device, *, carry: bool = True
+) -> StateLayout:
+    """Learn an optimizer's state from one step on a (6, 10) parameter without a gradient to speak of; without `carry`
+    only that it can take one.
+
+    Raises `UserError` when `factory` does not return an optimizer, one that cannot take a step by itself, or one whose
+    state holds a tensor of another shape.
     """
     parameter = nn.Parameter(torch.zeros(6, 10, dtype=dtype, device=device))
     optimizer = factory([parameter])
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(f"optimizer(params) must return a torch optimizer, it returned {type(optimizer).__name__}")
     parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
+    try:
+        optimizer.step()
+    except Exception as error:  # whatever it may want: a closure, sparse gradients, another type
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{type(optimizer).__name__} cannot take a step on a parameter of {dtype}: {why}") from error
+    if not carry:
+        return StateLayout({}, {}, None)
     moments: dict[str, torch.dtype | None] = {}
     scalars: dict[str, Any] = {}
+    starts: dict[str, float] = {}
     for name, value in optimizer.state[parameter].items():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
             moments[name] = None if value.dtype == dtype else value.dtype
+            if bool((value != value.flatten()[0]).any()):
+                raise UserError(
+                    f"{type(optimizer).__name__} starts the entries of {name!r} at different values: it cannot be "
+                    "carried between rounds, use optimizer.state: reset"
+                )
+            if bool(value.any()):
+                starts[name] = float(value.flatten()[0])
         elif isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0):
             scalars[name] = value
         elif value is not None:
@@ -85,7 +113,7 @@ def probe_optimizer(factory: OptimizerFactory, dtype: torch.dtype, device: torch
                 f"{type(optimizer).__name__} keeps {name!r} as {what}, not of the parameter's shape: "
                 "it cannot be carried between rounds, use optimizer.state: reset"
             )
-    layout = StateLayout(moments, scalars, optimizer.param_groups[0].get("betas"))
+    layout = StateLayout(moments, scalars, optimizer.param_groups[0].get("betas"), starts)
     if layout.corrected and scalars.keys() != {"step"}:
         others = ", ".join(scalars.keys() - {"step"})
         raise UserError(

@@ -2,9 +2,10 @@
 
 from offload_trainer.config import CausalLM, Custom, ImageClassification
 from offload_trainer.tasks import causal_lm, custom, image_classification
+from offload_trainer.tasks.custom import rehearse
 from offload_trainer.tasks.task import Task
 
-__all__ = ["Task", "build_task"]
+__all__ = ["Task", "build_task", "rehearse"]
 
 
 def build_task(config: CausalLM | ImageClassification | Custom, seed: int) -> Task:

@@ -61,6 +61,8 @@ def build(config: "Custom", seed: int) -> Task:
     for key, value in (("loss", loss), ("metric", metric)):
         if not callable(value) and not (key == "metric" and value is None):
             raise UserError(f"{who}: {key} must be a function of (module, batch); it is {_kind(value)}")
+    if not isinstance(returned.get("widths") or {}, Mapping):
+        raise UserError(f"{who}: widths must be a dict of rules; it is {_kind(returned['widths'])}")
     train = train_batches(returned["train"], f"{who}: train", seed)
     val = val_batches(returned["val"], f"{who}: val", seed)
     example_inputs = returned.get("example_inputs")
@@ -84,6 +86,33 @@ def build(config: "Custom", seed: int) -> Task:
     )
 
 
+def rehearse(task: Task, module: nn.Module, batch: Any, val_batch: Any, function: str) -> None:
+    """The loss of a batch with its gradients, and the metrics of another, as the run will ask for them.
+
+    Raises `UserError`, naming what failed and where, so that a mistake in a user's functions shows before the run.
+    module: a slice of the model, where the batches are; it is changed.
+    """
+    who = f"task.function ({function})"
+    loss = _told(lambda: task.loss_fn(module.train(), batch), f"{who}: loss")
+    if not loss.requires_grad:
+        raise UserError(f"{who}: loss does not depend on a trained parameter: it has no gradient")
+    _told(loss.backward, f"{who}: the backward pass of loss")
+    with torch.no_grad():
+        _told(lambda: task.metrics_fn(module.eval(), val_batch), f"{who}: metric, on a batch of val,")
+
+
+def _told(work: Callable[[], Any], what: str) -> Any:
+    """What the work returns. Raises `UserError` with what and where an error of it was."""
+    try:
+        return work()
+    except UserError:
+        raise
+    except Exception as error:  # a user's function may fail in any way: say where
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{what} raised {said} ({place.filename}, line {place.lineno})") from error
+
+
 def _call(name: str, arguments: dict[str, Any]) -> Any:
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
@@ -103,14 +132,7 @@ def _call(name: str, arguments: dict[str, Any]) -> Any:
     except TypeError as error:
         given = ", ".join(arguments) or "none"
         raise UserError(f"task.arguments ({given}) do not fit {name} ({error})") from error
-    try:
-        return function(**arguments)
-    except UserError:
-        raise
-    except Exception as error:  # a user's function may fail in any way: say where
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"task.function ({name}) raised {what} ({place.filename}, line {place.lineno})") from error
+    return _told(lambda: function(**arguments), f"task.function ({name})")
 
 
 def _checked_loss(loss: Callable[[nn.Module, Any], Any], who: str) -> Callable[[nn.Module, Any], Tensor]:
