@@ -54,8 +54,8 @@ def draw(records: list[dict[str, Any]], file: Path) -> None:
                 minutes.append(record["details"]["seconds"] / 60)
                 losses.append(record["value"])
                 right.plot(minutes, losses, "--" if dense else "-", color=colour, lw=1, label=None if i else name)
-        left.set(xlabel="device memory, MiB", ylabel=found_unit(records, size), title=size, xscale="log")
-        right.set(xlabel="training time, minutes", yscale="log")
+        left.set(xlabel="device memory, MiB", ylabel=found_unit(records, size), title=size)
+        right.set(xlabel="training time, minutes")
         left.legend(frameon=False, fontsize=7)
         for axes in (left, right):
             axes.grid(alpha=0.3, which="both")
