@@ -166,12 +166,33 @@ def test_gpus_asked_of_accelerate_by_id_that_are_not_there(
 
 @pytest.mark.usefixtures("never_allocated")
 @pytest.mark.parametrize(
-    ("name", "make"), [("checkpoints", Path.touch), ("export", Path.touch), ("metrics.jsonl", Path.mkdir)]
+    ("name", "make"),
+    [
+        ("checkpoints", Path.touch),
+        ("checkpoints", lambda path: path.symlink_to("nowhere")),
+        ("export", Path.touch),
+        ("export", lambda path: path.symlink_to("nowhere/export")),
+        ("metrics.jsonl", Path.mkdir),
+    ],
 )
 def test_what_stands_in_the_way_in_out(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, make) -> None:
     (tmp_path / "out").mkdir()
     make(tmp_path / "out" / name)
-    assert f"{name} in it must be a" in one_line(capsys, main(["--config", str(config(tmp_path))]))
+    line = one_line(capsys, main(["--config", str(config(tmp_path))]))
+    assert f"out ({tmp_path / 'out'}): {name} in it" in line and "must be a" in line
+
+
+@pytest.mark.usefixtures("never_allocated")
+def test_an_export_that_cannot_be_replaced_as_a_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "export").symlink_to(tmp_path / "disk")
+    real = os.path.ismount
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk" or real(path))
+    line = one_line(capsys, main(["--config", str(config(tmp_path))]))
+    assert line.endswith(f"must be a folder within one that can be written; it is {tmp_path / 'disk'}")
 
 
 def test_resuming_with_another_structure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
