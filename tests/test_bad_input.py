@@ -11,6 +11,7 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from offload_trainer import offloader as offloader_module
 from offload_trainer.device import memory
+from offload_trainer.master import CheckpointStore
 from offload_trainer.run import main
 from tests.runs import config, custom, launch, metrics
 
@@ -199,9 +200,22 @@ def test_resuming_with_another_structure(tmp_path: Path, capsys: pytest.CaptureF
     file = str(config(tmp_path, steps=4))
     assert main(["--config", file]) == 0
     capsys.readouterr()
-    for key, value, there in (("structure.sampler", "bernoulli", "fixed"), ("structure.keep", "0.3", "0.5")):
+    for key, value, there in (
+        ("structure.sampler", "bernoulli", "fixed"),
+        ("structure.keep", "0.3", "0.5"),
+        ("optimizer.kind", "sgd", "adamw"),
+        ("optimizer.state", "reset", "carry"),
+    ):
         line = one_line(capsys, main(["--config", file, "--resume", "auto", f"--{key}", value]))
         assert f"{key} ({value}) must be {there}, as in the checkpoint" in line
+
+
+def test_resuming_what_no_run_has_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`snapshot.save` of the library alone knows of no config."""
+    store = CheckpointStore(tmp_path / "out" / "checkpoints")
+    path = store.save(4, {"weights": {"w": torch.zeros(2)}}, {})
+    line = one_line(capsys, main(["--config", str(config(tmp_path, **custom("blobs"))), "--resume", "auto"]))
+    assert f"resume: {path} does not say of what config it is" in line
 
 
 def test_resuming_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,6 +175,12 @@ def test_the_damaged_are_refused_and_passed_over(store: CheckpointStore, file: s
     assert find_checkpoint(store.folder.parent).path == newest.path
     damage(store.folder / "step-00000010" / file)
     assert store.newest() is None
+    for path in (store.folder, store.folder.parent):
+        with pytest.raises(
+            UserError, match=f"step-00000020.*{message}.*no older one in .*checkpoints is whole"
+        ) as caught:
+            find_checkpoint(path)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("file", ["checkpoint.json", "weights.safetensors", "random.safetensors"])

@@ -128,6 +128,10 @@ class CheckpointStore:
                 continue
         return None
 
+    def newest_folder(self) -> Path | None:
+        """Of the newest checkpoint, damaged or not."""
+        return self._folders()[-1] if self._folders() else None
+
     def _folders(self) -> list[Path]:
         if not self.folder.is_dir():
             return []
@@ -166,10 +170,18 @@ def find_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path`, which may also be a run's `out` folder or its `checkpoints`: then the newest in it."""
     if (path / META).is_file():
         return open_checkpoint(path)
-    for folder in (path / "checkpoints", path):
-        newest = CheckpointStore(folder).newest()
-        if newest is not None:
+    stores = [CheckpointStore(folder) for folder in (path / "checkpoints", path)]
+    for store in stores:
+        if (newest := store.newest()) is not None:
             return newest
+    for store in stores:
+        if (damaged := store.newest_folder()) is not None:
+            try:
+                return open_checkpoint(damaged)
+            except UserError as error:
+                raise UserError(
+                    f"{error}; no older one in {store.folder} is whole: start anew without resume"
+                ) from error
     return open_checkpoint(path)
 
 
