@@ -12,6 +12,7 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from offload_trainer import offloader as offloader_module
 from offload_trainer.device import memory
 from offload_trainer.master import CheckpointStore
+from offload_trainer.monitor import Monitor
 from offload_trainer.run import main
 from tests.runs import config, custom, launch, metrics
 
@@ -292,3 +293,25 @@ def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     line = one_line(capsys, main(["--config", file, "--resume", "auto"]))
     assert "no room for a checkpoint" in line
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_disk_that_fills_while_metrics_are_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = Monitor.log
+
+    def full(monitor: Monitor, record: dict[str, object]) -> None:
+        if record["step"] == 6:
+            monitor.file.close()
+            monitor.file = open("/dev/full", "a")  # noqa: SIM115 (the monitor closes it)
+        log(monitor, record)
+
+    file = str(config(tmp_path, **custom("blobs")))
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "log", full)
+        line = one_line(capsys, main(["--config", file]))
+    assert line.startswith(f"error: cannot write {tmp_path / 'out' / 'metrics.jsonl'}: No space left on device")
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000004"]
+    assert main(["--config", file, "--resume", "auto"]) == 0
+    assert [record["step"] for record in metrics(tmp_path / "out")] == list(range(1, 13))
