@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
+from offload_trainer.errors import UserError
 from offload_trainer.groups import Groups, Plan
 from offload_trainer.structure import Structure
 
@@ -28,10 +29,12 @@ class Agenda:
     """Plans of the rounds, in order. All follows from the structure, whose state is all there is to a resume.
 
     reference: "next" compares a plan with the one that is trained after it, so plans are drawn two rounds ahead, and
-        with the s of then; "fresh" with one that is drawn for this alone.
+        with the s of then; "fresh" with one that is drawn for this alone. Raises `UserError` for any other.
     """
 
     def __init__(self, groups: Groups, structure: Structure, reference: Reference):
+        if reference not in get_args(Reference):
+            raise UserError(f"reference ({reference!r}) must be next or fresh")
         self._groups, self._structure, self._reference = groups, structure, reference
         self.settled = False
         """From the next round on, the units of the largest s are trained and s stays as it is."""

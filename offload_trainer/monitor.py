@@ -2,9 +2,9 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -15,6 +15,8 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from offload_trainer.files.writing import recording, replace_text
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -73,11 +75,12 @@ class Monitor:
     def __enter__(self) -> Self:
         if self.main:
             path = self.out / "metrics.jsonl"
-            kept = list(_records(path, self.first_step)) if self.first_step else []
-            _replace(path, "".join(map(_line, kept)))
+            with recording(path):
+                kept = list(_records(path, self.first_step)) if self.first_step else []
+                replace_text(path, "".join(map(_line, kept)))
+                self.file = path.open("a", encoding="utf-8")
             for record in kept:
                 self.remember(record)
-            self.file = path.open("a", encoding="utf-8")
         if self.live:
             self.live.start()
         return self
@@ -86,18 +89,21 @@ class Monitor:
         if self.live:
             self.live.stop()  # gives the cursor back, after Ctrl-C too
         if self.main:
-            self.file.close()
+            with suppress(OSError):  # of what could not be written: `log` has told
+                self.file.close()
 
     def log(self, record: Record) -> None:
         """Writes a record (it has a `step`) as one line, hands its numbers to the trackers and shows it.
 
-        All of it is written, NaN and infinity as null. Shown is what `FACTS` names, as far as present.
+        All of it is written, NaN and infinity as null. Shown is what `FACTS` names, as far as present. Raises
+        `UserError` when it cannot be written.
         """
         if not self.main:
             return
         record = _plain(record)
-        self.file.write(_line(record))
-        self.file.flush()
+        with recording(self.out / "metrics.jsonl"):
+            self.file.write(_line(record))
+            self.file.flush()
         if self.accelerator.trackers:
             numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
             self.accelerator.log(numbers, step=record["step"])
@@ -121,7 +127,8 @@ class Monitor:
         if not self.main:
             return
         record = _plain(record)
-        _replace(self.out / "summary.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
+        with recording(self.out / "summary.json"):
+            replace_text(self.out / "summary.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
         if self.live:
             self.live.stop()
         table, previous = Table.grid(padding=(0, 3)), ""
@@ -181,7 +188,7 @@ class Monitor:
 
     def remember(self, record: Record) -> None:
         self.latest |= record
-        if record.get("loss") is not None:
+        if isinstance(record.get("loss"), int | float):
             self.losses[min(WIDTH - 1, WIDTH * record["step"] // self.steps)] = record["loss"]
 
     def _left(self) -> str:
@@ -193,21 +200,15 @@ class Monitor:
 
 
 def _records(path: Path, last_step: int) -> Iterator[Record]:
-    """The whole records of a metrics.jsonl up to a step; a line that was cut off while being written is none."""
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    """The whole records of a metrics.jsonl up to a step; a line that was cut off while being written is none, nor is
+    what else a crash may leave in a file."""
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or no text
             continue
-        if record.get("step", 0) <= last_step:
-            yield record
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file so that a reader, or a crash, meets the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+        if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= last_step:
+            yield _plain(record)
 
 
 def _line(record: Record) -> str:

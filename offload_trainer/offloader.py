@@ -70,7 +70,7 @@ class Offloader:
     ):
         self.accelerator = accelerator or Accelerator()
         require_supported(self.accelerator)
-        require_arguments(sync_every, state, clip_norm, fits=structure.constant_widths or not compile)
+        require_arguments(sync_every, state, clip_norm, compile, fits=structure.constant_widths or not compile)
         self.device = self.accelerator.device
         self.groups, self.structure, self.loss_fn = groups, structure, loss_fn
         self.sync_every, self.clip_norm, self.precision = sync_every, clip_norm, precision

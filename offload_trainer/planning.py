@@ -14,6 +14,7 @@ import torch
 from offload_trainer.device import memory
 from offload_trainer.device.processes import local_processes
 from offload_trainer.errors import UserError
+from offload_trainer.master.checkpoint import followed
 from offload_trainer.master.ledger import Bytes, Ledger, largest, readable
 
 GRID = 100
@@ -205,6 +206,15 @@ def require_writable(out: Path) -> None:
         for name in ("checkpoints", "export", "full"):
             if (out / name).exists() and not (out / name).is_dir():
                 raise UserError(f"out ({out}): {name} in it must be a folder, it is a file")
+        if (out / "checkpoints").is_symlink() and not (out / "checkpoints").exists():
+            raise UserError(f"out ({out}): checkpoints in it must be a folder, it is a link to nothing")
+        for name in ("export", "full"):
+            place = followed(out / name)
+            if os.path.ismount(place) or not os.access(place.parent, os.W_OK):
+                raise UserError(
+                    f"out ({out}): {name} in it, which is replaced as a whole, must be a folder within one that can be"
+                    f" written; it is {place}"
+                )
         for name in ("metrics.jsonl", "summary.json"):
             if (out / name).is_dir():
                 raise UserError(f"out ({out}): {name} in it must be a file, it is a folder")

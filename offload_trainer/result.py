@@ -115,7 +115,7 @@ def load_export(folder: str | Path, model: nn.Module, groups: Groups) -> nn.Modu
             handles = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
             stored = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 (not a dict)
             tensors = {name: _exported(name, full, stored, plan, folder) for name, full in named_tensors(model).items()}
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{folder} is not a whole export ({error!r})") from error

@@ -15,13 +15,13 @@ from offload_trainer.structure import Structure
 
 def checkpoint_to_resume(resume: str | None, out: Path) -> Checkpoint | None:
     """The checkpoint that `resume` names: a folder, or "auto" for the newest in `out`."""
-    if resume is None:
-        return None
     folder = out / "checkpoints"
-    if resume != "auto":
-        return find_checkpoint(Path(resume))
-    # Without any it is a first start with the same command line.
-    return None if CheckpointStore(folder).is_empty() else find_checkpoint(folder)
+    if resume is None or (resume == "auto" and CheckpointStore(folder).is_empty()):
+        return None  # without any it is a first start with the same command line
+    checkpoint = find_checkpoint(folder if resume == "auto" else Path(resume))
+    if not isinstance(checkpoint.meta.get("config"), Mapping):
+        raise UserError(f"resume: {checkpoint.path} does not say of what config it is: it must be of a run of run.py")
+    return checkpoint
 
 
 def require_resumable(
@@ -37,11 +37,12 @@ def require_resumable(
 
     shared: config key → value of what must be as it was.
     """
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    snapshot.check(checkpoint, named_tensors(model), layout.moments, trained, structure, precision)
     if checkpoint.meta["step"] > steps:
         raise UserError(f"steps ({steps}) must be at least {checkpoint.meta['step']}, where {checkpoint.path} stands")
     for key, here in shared.items():
         there = checkpoint.meta["config"].get(key)
         if there != here:
             raise UserError(f"{key} ({here}) must be {there}, as in the checkpoint {checkpoint.path}")
+    # Last: where a key differs, so may the tensors, and the key says it better.
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    snapshot.check(checkpoint, named_tensors(model), layout.moments, trained, structure, precision)

@@ -12,18 +12,23 @@ from torch import Tensor
 
 from offload_trainer.device import ranks
 from offload_trainer.device.transfer import Work
+from offload_trainer.device.workbench import Compile
 from offload_trainer.errors import UserError
 
 
-def require_arguments(sync_every: int, state: str, clip_norm: float | None, *, fits: bool) -> None:
+def require_arguments(
+    sync_every: int, state: str, clip_norm: float | None, compile: Compile = False, *, fits: bool
+) -> None:
     """Raise `UserError` unless rounds can be made of them (see `Offloader`). fits: what is compiled, if anything is,
     fits every plan."""
-    if sync_every < 1:
-        raise UserError(f"sync_every ({sync_every}) must be at least 1")
+    if not isinstance(sync_every, int) or isinstance(sync_every, bool) or sync_every < 1:
+        raise UserError(f"sync_every ({sync_every}) must be a whole number, at least 1")
     if state not in ("carry", "reset"):
         raise UserError(f"state ({state!r}) must be carry or reset")
-    if clip_norm is not None and clip_norm <= 0:
+    if clip_norm is not None and not clip_norm > 0:  # nor NaN
         raise UserError(f"clip_norm ({clip_norm}) must be positive, or None")
+    if compile not in (False, True, "graphs"):
+        raise UserError(f"compile ({compile!r}) must be False, True or graphs")
     if not fits:
         raise UserError("memory.compile needs plans of constant widths: structure.sampler fixed, budget per_group")
 

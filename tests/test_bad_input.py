@@ -11,6 +11,8 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from offload_trainer import offloader as offloader_module
 from offload_trainer.device import memory
+from offload_trainer.master import CheckpointStore
+from offload_trainer.monitor import Monitor
 from offload_trainer.run import main
 from tests.runs import config, custom, launch, metrics
 
@@ -175,23 +177,50 @@ def test_gpus_asked_of_accelerate_by_id_that_are_not_there(
 
 @pytest.mark.usefixtures("never_allocated")
 @pytest.mark.parametrize(
-    ("name", "make"), [("checkpoints", Path.touch), ("export", Path.touch), ("metrics.jsonl", Path.mkdir)]
+    ("name", "make"),
+    [
+        ("checkpoints", Path.touch),
+        ("checkpoints", lambda path: path.symlink_to("nowhere")),
+        ("export", Path.touch),
+        ("export", lambda path: path.symlink_to("nowhere/export")),
+        ("metrics.jsonl", Path.mkdir),
+    ],
 )
 def test_what_stands_in_the_way_in_out(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, make) -> None:
     (tmp_path / "out").mkdir()
     make(tmp_path / "out" / name)
-    assert f"{name} in it must be a" in one_line(capsys, main(["--config", str(config(tmp_path))]))
+    line = one_line(capsys, main(["--config", str(config(tmp_path))]))
+    assert f"out ({tmp_path / 'out'}): {name} in it" in line and "must be a" in line
+
+
+@pytest.mark.usefixtures("never_allocated")
+def test_an_export_that_cannot_be_replaced_as_a_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "export").symlink_to(tmp_path / "disk")
+    real = os.path.ismount
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk" or real(path))
+    line = one_line(capsys, main(["--config", str(config(tmp_path))]))
+    assert line.endswith(f"must be a folder within one that can be written; it is {tmp_path / 'disk'}")
 
 
 def test_resuming_with_another_structure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(config(tmp_path, steps=4))
     assert main(["--config", file]) == 0
     capsys.readouterr()
-    for key, value, there in (("structure.sampler", "bernoulli", "fixed"), ("structure.keep", "0.3", "0.5")):
+    for key, value, there in (
+        ("structure.sampler", "bernoulli", "fixed"),
+        ("structure.keep", "0.3", "0.5"),
+        ("optimizer.kind", "sgd", "adamw"),
+        ("optimizer.state", "reset", "carry"),
+    ):
         line = one_line(capsys, main(["--config", file, "--resume", "auto", f"--{key}", value]))
         assert f"{key} ({value}) must be {there}, as in the checkpoint" in line
 
 
+<<<<<<< HEAD
 def test_resuming_with_other_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of the same sizes, so that nothing else would tell."""
     file = str(config(tmp_path, **custom("wrong", part="square"), steps=4))
@@ -201,6 +230,14 @@ def test_resuming_with_other_rules(tmp_path: Path, capsys: pytest.CaptureFixture
     words = ["--config", file, "--resume", "auto", "--steps", "8", "--structure.rules"]
     assert "structure.rules (" in one_line(capsys, main([*words, rules[1]]))
     assert main([*words, rules[0]]) == 0
+=======
+def test_resuming_what_no_run_has_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`snapshot.save` of the library alone knows of no config."""
+    store = CheckpointStore(tmp_path / "out" / "checkpoints")
+    path = store.save(4, {"weights": {"w": torch.zeros(2)}}, {})
+    line = one_line(capsys, main(["--config", str(config(tmp_path, **custom("blobs"))), "--resume", "auto"]))
+    assert f"resume: {path} does not say of what config it is" in line
+>>>>>>> 5ba17efe9194cfa7fdc405f6c11c26f96b035b93
 
 
 def test_resuming_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,3 +314,25 @@ def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     line = one_line(capsys, main(["--config", file, "--resume", "auto"]))
     assert "no room for a checkpoint" in line
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_disk_that_fills_while_metrics_are_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = Monitor.log
+
+    def full(monitor: Monitor, record: dict[str, object]) -> None:
+        if record["step"] == 6:
+            monitor.file.close()
+            monitor.file = open("/dev/full", "a")  # noqa: SIM115 (the monitor closes it)
+        log(monitor, record)
+
+    file = str(config(tmp_path, **custom("blobs")))
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "log", full)
+        line = one_line(capsys, main(["--config", file]))
+    assert line.startswith(f"error: cannot write {tmp_path / 'out' / 'metrics.jsonl'}: No space left on device")
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000004"]
+    assert main(["--config", file, "--resume", "auto"]) == 0
+    assert [record["step"] for record in metrics(tmp_path / "out")] == list(range(1, 13))

@@ -168,6 +168,11 @@ def test_config_is_frozen():
         ("sync_every", "2.5", "sync_every (2.5) must be a whole number > 0"),
         ("optimizer.lr", "0", "optimizer.lr (0) must be a number > 0"),
         ("optimizer.lr", ".inf", "optimizer.lr (inf) must be a finite number"),
+        ("optimizer.lr", "true", "optimizer.lr (true) must be a number > 0"),
+        ("optimizer.betas", "[0.9, no]", "optimizer.betas.1 (false) must be in [0, 1)"),
+        ("structure.groups", '{"a": yes}', "structure.groups.a (true) must be in (0, 1] or null"),
+        ("steps", "yes", "steps (true) must be a whole number > 0"),
+        ("task.limit", "true", "task.limit (true) must be a whole number > 0 or null"),
         ("optimizer.betas", "[0.9]", "optimizer.betas.1 is missing: it must be in [0, 1)"),
         ("optimizer.betas", "[0.9, 1]", "optimizer.betas.1 (1) must be in [0, 1)"),
         ("memory.compile", "maybe", "memory.compile (maybe) must be true or false"),
@@ -265,6 +270,32 @@ def test_file_that_is_no_config_is_named(text: str | bytes, line: str, tmp_path:
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     said = complaint("--config", str(file))
     assert said.startswith(f"--config ({file}) must be YAML, a map of keys: ") and line in said
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("steps: 3\nseed: 1\nsteps: 4\n", "steps is given twice, on lines 1 and 3"),
+        ("structure:\n  keep: 0.5\n  keep: 0.25\n", "structure.keep is given twice, on lines 2 and 3"),
+        ("task: {arguments: {list: [{n: 1, n: 2}]}}\n", "task.arguments.list.n is given twice, on lines 1 and 1"),
+    ],
+)
+def test_key_given_twice_is_named(text: str, line: str, tmp_path: Path):
+    (tmp_path / "c.yaml").write_text(text)
+    assert complaint("--config", str(tmp_path / "c.yaml")) == f"--config ({tmp_path / 'c.yaml'}): {line}: keep one"
+
+
+def test_a_map_named_twice_by_an_alias_is_none_given_twice(tmp_path: Path):
+    file = tmp_path / "c.yaml"
+    task = "task: {kind: custom, function: a.b:c, arguments: {one: &map {n: 1}, two: *map}}"
+    file.write_text(f"steps: 3\noptimizer: {{lr: 1}}\n{task}\n")
+    assert parse(["--config", str(file)]).task.arguments == {"one": {"n": 1}, "two": {"n": 1}}  # type: ignore[union-attr]
+
+
+def test_booleans_stay_where_they_are_wanted():
+    argv = "--steps 5 --optimizer.lr 1 --task.kind custom --task.function a.b:c --task.arguments.deep true"
+    config = parse([*argv.split(), "--memory.compile", "true"])
+    assert config.memory.compile is True and config.task.arguments == {"deep": True}  # type: ignore[union-attr]
 
 
 def test_command_line_mistakes(tmp_path: Path):

@@ -339,6 +339,27 @@ def test_a_run_exports_shards_a_tokenizer_and_the_full_master(tmp_path):
         load_export(out / "export", whole, groups)
 
 
+@pytest.mark.parametrize(
+    "plan",
+    [
+        [1],
+        "text",
+        {"kept": None},
+        {"kept": [1]},
+        *({"kept": {"0": kept}} for kept in ([["a"]], "text", None, {}, [2**70])),
+    ],
+    ids=json.dumps,
+)
+def test_an_export_with_another_plan_is_one_line(tmp_path, plan):
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3))
+    groups = find_groups(model, (torch.zeros(2, 8),))
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    write_shards(tmp_path, saved_tensors(model), 10**9)
+    with pytest.raises(UserError, match=f"{tmp_path} is not a whole export") as error:
+        load_export(tmp_path, model, groups)
+    assert "\n" not in str(error.value)
+
+
 def test_a_narrow_master_is_exported_whole_in_its_type_and_sliced_in_float32(tmp_path):
     changes = {"memory.weights": "bf16", "memory.moments": "bf16", "export.full": True, "steps": 4}
     assert main(["--config", str(config(tmp_path, **changes))]) == 0

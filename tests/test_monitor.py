@@ -11,8 +11,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from offload_trainer.errors import UserError
 from offload_trainer.monitor import Monitor
 
+FULL = Path("/dev/full")
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"  # the cursor
 RECORD = {"round": 1, "loss": 2.5, "val_loss": 2.75, "keep": 0.25, "tokens_per_second": 41234.5}
 RECORD |= {"transfer_share": 0.021, "host_bytes": 3 << 30, "device_bytes": 12 << 20}
@@ -79,11 +81,42 @@ def test_new_run_replaces_and_resumed_run_continues(tmp_path: Path):
     assert [record["step"] for record in lines(tmp_path)] == [5]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [b"\xff\xfe{}", b"\0\0\0\0\0", b"[1, 2]", b"7", b'{"loss": 1}', b'{"step": "ten", "loss": 1}', b'{"step": null}'],
+)
+def test_what_is_no_record_is_left_out_of_a_resumed_run(line: bytes, tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 10}\n' + line + b'\n{"step": 20, "loss": NaN}\n')
+    mine, _ = monitor(tmp_path, "rich", first_step=20)
+    with mine:
+        mine.log({"step": 25})
+    assert lines(tmp_path) == [{"step": 10}, {"step": 20, "loss": None}, {"step": 25}]
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_one_line_and_closing_says_nothing_more(tmp_path: Path):
+    mine, _ = monitor(tmp_path)
+    said = f"cannot write {tmp_path}/metrics.jsonl: No space left on device; checkpoints and earlier records are kept"
+    with pytest.raises(UserError, match=re.escape(said)), mine:
+        mine.log({"step": 10})
+        mine.file.close()
+        mine.file = FULL.open("a")
+        mine.log({"step": 20})
+    assert mine.file.closed
+    assert lines(tmp_path) == [{"step": 10}]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path):
+    mine, _ = monitor(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: No such file or directory"), mine:
+        pass
+
+
 def test_summary_replaces_whole_or_not_at_all(tmp_path: Path):
     mine, _ = monitor(tmp_path)
     with mine:
         mine.summary({"loss": 1})
-        with pytest.raises(OSError):
+        with pytest.raises(UserError, match=r"cannot write .*summary.json: No such file"):
             mine.out = tmp_path / "nowhere"
             mine.summary({"loss": 2})
     assert json.loads((tmp_path / "summary.json").read_text()) == {"loss": 1}

@@ -12,7 +12,7 @@ from torch import nn
 
 from offload_trainer import Group, Offloader, Structure, UserError, find_groups, verify_groups
 from offload_trainer.groups import Plan, slice_module
-from offload_trainer.rounds import Round
+from offload_trainer.rounds import Round, require_arguments
 
 Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 SGD: Factory = lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4)  # noqa: E731
@@ -590,11 +590,25 @@ def test_a_run_goes_on_after_a_loss_that_was_not_finite() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"state": "Carry"}, "carry or reset"), ({"clip_norm": -1.0}, "clip_norm"), ({"sync_every": 0}, "sync_every")],
+    [
+        ({"state": "Carry"}, "carry or reset"),
+        ({"clip_norm": -1.0}, "clip_norm"),
+        ({"clip_norm": math.nan}, r"clip_norm \(nan\) must be positive, or None"),
+        ({"sync_every": 0}, "sync_every"),
+        ({"sync_every": 1.5}, r"sync_every \(1.5\) must be a whole number, at least 1"),
+        ({"reference": "frehs"}, r"reference \('frehs'\) must be next or fresh"),
+    ],
 )
 def test_arguments_that_mean_nothing(arguments: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         offloader(network(), ADAMW, **arguments)
+
+
+def test_compile_is_one_of_three() -> None:
+    for compile in (False, True, "graphs"):
+        require_arguments(1, "carry", None, compile, fits=True)
+    with pytest.raises(UserError, match=r"compile \('graph'\) must be False, True or graphs"):
+        require_arguments(1, "carry", None, "graph", fits=True)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("settings", [{"gradient_accumulation_steps": 2}], ids=["accumulation"])

@@ -19,7 +19,14 @@ from torch import Tensor
 from offload_trainer.errors import UserError
 from offload_trainer.files.writing import file_bytes, write_safetensors
 from offload_trainer.master import checkpoint as checkpoints
-from offload_trainer.master.checkpoint import CheckpointStore, _crc, find_checkpoint, open_checkpoint, write_json
+from offload_trainer.master.checkpoint import (
+    CheckpointStore,
+    _crc,
+    find_checkpoint,
+    open_checkpoint,
+    whole_folder,
+    write_json,
+)
 
 DTYPES = [
     torch.complex64,
@@ -169,6 +176,12 @@ def test_the_damaged_are_refused_and_passed_over(store: CheckpointStore, file: s
     assert find_checkpoint(store.folder.parent).path == newest.path
     damage(store.folder / "step-00000010" / file)
     assert store.newest() is None
+    for path in (store.folder, store.folder.parent):
+        with pytest.raises(
+            UserError, match=f"step-00000020.*{message}.*no older one in .*checkpoints is whole"
+        ) as caught:
+            find_checkpoint(path)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("file", ["checkpoint.json", "weights.safetensors", "random.safetensors"])
@@ -238,6 +251,38 @@ def test_a_write_that_breaks_off_leaves_what_was_there(store: CheckpointStore, m
     assert newest is not None and newest.meta["step"] == 20
 
 
+def export(path: Path, text: str) -> None:
+    with whole_folder(path) as folder:
+        (folder / "file").write_text(text)
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path):
+    disk, link = tmp_path / "disk", tmp_path / "export"
+    (disk / "here").mkdir(parents=True)
+    link.symlink_to(disk / "here")
+    for text in ("first", "second"):
+        export(link, text)
+        assert link.is_symlink() and (disk / "here" / "file").read_text() == text
+    with pytest.raises(RuntimeError), whole_folder(link):
+        raise RuntimeError
+    assert (link / "file").read_text() == "second"
+    assert [path.name for path in disk.iterdir()] == ["here"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "export"]
+
+
+@pytest.mark.parametrize("leads", ["somewhere", "nowhere"])
+def test_links_that_were_left_over_are_in_nobodys_way(tmp_path: Path, leads: str):
+    (tmp_path / "somewhere").mkdir()
+    (tmp_path / "somewhere" / "mine").touch()
+    export(tmp_path / "export", "first")
+    for name in (".old-export", ".writing-export"):
+        (tmp_path / name).symlink_to(tmp_path / leads)
+    export(tmp_path / "export", "second")
+    assert (tmp_path / "export" / "file").read_text() == "second"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "somewhere"]
+    assert (tmp_path / "somewhere" / "mine").exists()
+
+
 def test_no_checkpoint_at_all(tmp_path: Path):
     assert CheckpointStore(tmp_path / "nowhere").newest() is None
     with pytest.raises(UserError, match="holds no checkpoint"):
@@ -264,6 +309,24 @@ def test_a_new_run_moves_what_a_longer_one_left_aside(store: CheckpointStore):
     newest = store.newest()
     assert newest is not None and newest.meta["step"] == 5
     assert before
+
+
+def test_checkpoints_behind_a_link_are_moved_aside_where_they_are(store: CheckpointStore, monkeypatch):
+    disk, replace = store.folder.parent / "disk", os.replace
+    disk.mkdir()
+    replace(store.folder, disk / "here")
+    store.folder.symlink_to(disk / "here")
+
+    def on_one_disk(source: Path, target: Path) -> None:
+        if Path(source).resolve().parents[1] != Path(target).resolve().parents[1]:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", on_one_disk)
+    assert store.begin(10) == disk / "here-earlier-1"
+    (disk / "here-earlier-2").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"cannot move .*step-00000010 aside, to .*here-earlier-2: File exists"):
+        store.begin(0)
 
 
 @pytest.mark.parametrize("broken", [1, 2], ids=["before the old one moves", "between the two renames"])

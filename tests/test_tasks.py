@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from offload_trainer.batches import batch_rows, pieces, shard
 from offload_trainer.errors import UserError
 from offload_trainer.tasks import causal_lm, custom, image_classification, text
-from offload_trainer.tasks.images import crop_and_flip, random_box
+from offload_trainer.tasks.images import channels_of, crop_and_flip, decode, random_box
 from offload_trainer.tasks.labelled import from_datasets, read_images
 from offload_trainer.tasks.loaders import LoaderBatches
 from offload_trainer.tasks.task import Shuffle
@@ -338,6 +338,24 @@ def test_idx_files_are_grey_and_the_model_takes_one_channel(tmp_path):
         read_images(str(tmp_path))
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_grey_images_of_16_bits_are_scaled_not_clipped(tmp_path, suffix):
+    shades = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 64
+    Image.fromarray(shades).save(tmp_path / f"image.{suffix}")
+    item = str(tmp_path / f"image.{suffix}")
+    assert channels_of(item) == 1
+    grey = np.asarray(decode(item))
+    assert grey.dtype == np.uint8 and np.array_equal(grey, shades >> 8)
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("float32", "floating-point"), ("int32", "32-bit")])
+def test_pixels_of_no_known_range_are_refused(tmp_path, dtype, kind):
+    Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "image.tif")
+    with pytest.raises(UserError) as error:
+        decode(str(tmp_path / "image.tif"))
+    assert f"image.tif cannot be decoded (its pixels are {kind} numbers of no known range: save it" in message(error)
+
+
 def test_limit_keeps_a_few_of_every_class(tmp_path):
     folder = make_folder(tmp_path / "images", count=20)
     task = image_classification.build(image_config(folder, limit=10), seed=0)
@@ -384,6 +402,10 @@ def test_bad_image_data_is_one_line(tmp_path):
     folder = make_folder(tmp_path / "images")
     assert "task.classes (1) must be at least the 2 classes" in refused(folder, classes=1)
     assert "task.image_size (8) must be at least 16 for vgg19_bn" in refused(folder, image_size=8, model="vgg19_bn")
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    (folder / "train" / "wasp").mkdir()
+    assert f"task.data ({folder}): train/wasp holds no images: add some, or remove it" in refused(folder)
+    (folder / "train" / "wasp").rmdir()
     (folder / "train" / "bee" / "0.jpg").write_bytes(b"junk")
     assert "bee/0.jpg cannot be decoded" in refused(folder)
     (folder / "test" / "bee").rename(folder / "test" / "cat")

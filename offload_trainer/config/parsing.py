@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser
 from pydantic import ValidationError
 
@@ -59,11 +60,38 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     for file in known.config:
         if not Path(file).is_file():
             raise UserError(f"--config ({file}) must be a file that exists")
+        _require_once(file)
     for option in (argument.split("=")[0] for argument in overrides):
         for key in keys():
             if option.startswith(f"--{key}.") and "." in option.removeprefix(f"--{key}."):
                 raise UserError(f"{option} reaches too deep into {key}: give the whole map, --{key} '{{...}}'")
     return known.config, overrides
+
+
+def _require_once(file: str) -> None:
+    """Raise `UserError` for a key that a file gives twice: the reader would take the last. What is no YAML it tells."""
+    try:
+        waiting: list[tuple[str, Any]] = [("", yaml.compose(Path(file).read_bytes(), Loader=yaml.SafeLoader))]
+    except (yaml.YAMLError, OSError):
+        return
+    met: set[int] = set()  # an alias is the node it stands for
+    while waiting:
+        prefix, node = waiting.pop(0)
+        if id(node) in met:
+            continue
+        met.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += [(prefix, value) for value in node.value]
+        elif isinstance(node, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, value in node.value:
+                name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+                if name in lines:
+                    raise UserError(
+                        f"--config ({file}): {name} is given twice, on lines {lines[name]} and {line}: keep one"
+                    )
+                lines[name] = line
+                waiting.append((f"{name}.", value))
 
 
 def _parser() -> ArgumentParser:

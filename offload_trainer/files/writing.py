@@ -7,7 +7,8 @@ format is a length, a JSON header and the raw values, so writing it in order nee
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -74,6 +75,28 @@ def write_safetensors(
         file.flush()
         os.fsync(file.fileno())
         return file.tell(), crc
+
+
+@contextmanager
+def recording(path: Path) -> Iterator[None]:
+    """A block that writes records of a run to `path`. Raises `UserError` for what the file system refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; checkpoints and earlier records are kept: make room and "
+            "go on with --resume auto"
+        ) from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, meets the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def file_crc(path: Path) -> int:

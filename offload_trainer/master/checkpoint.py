@@ -78,12 +78,15 @@ class CheckpointStore:
         later = [path for path in self._folders() if _step(path) > step]
         if not later:
             return None
-        number = 1
-        while (aside := self.folder.with_name(f"{self.folder.name}-earlier-{number}")).exists():
+        number, folder = 1, followed(self.folder)  # on the disk they are on, or they could not be renamed
+        while (aside := folder.with_name(f"{folder.name}-earlier-{number}")).exists():
             number += 1
-        aside.mkdir()
-        for path in later:
-            os.replace(path, aside / path.name)
+        try:
+            aside.mkdir()
+            for path in later:
+                os.replace(path, aside / path.name)
+        except OSError as error:
+            raise UserError(f"cannot move {later[0]} aside, to {aside}: {error.strerror or error}") from error
         return aside
 
     def save(self, step: int, parts: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> Path:
@@ -125,6 +128,10 @@ class CheckpointStore:
                 continue
         return None
 
+    def newest_folder(self) -> Path | None:
+        """Of the newest checkpoint, damaged or not."""
+        return self._folders()[-1] if self._folders() else None
+
     def _folders(self) -> list[Path]:
         if not self.folder.is_dir():
             return []
@@ -163,10 +170,18 @@ def find_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path`, which may also be a run's `out` folder or its `checkpoints`: then the newest in it."""
     if (path / META).is_file():
         return open_checkpoint(path)
-    for folder in (path / "checkpoints", path):
-        newest = CheckpointStore(folder).newest()
-        if newest is not None:
+    stores = [CheckpointStore(folder) for folder in (path / "checkpoints", path)]
+    for store in stores:
+        if (newest := store.newest()) is not None:
             return newest
+    for store in stores:
+        if (damaged := store.newest_folder()) is not None:
+            try:
+                return open_checkpoint(damaged)
+            except UserError as error:
+                raise UserError(
+                    f"{error}; no older one in {store.folder} is whole: start anew without resume"
+                ) from error
     return open_checkpoint(path)
 
 
@@ -174,28 +189,43 @@ def find_checkpoint(path: Path) -> Checkpoint:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Gives a folder to write into, which takes the place of `path` when the block ends well and else disappears.
 
-    At no moment is there neither the old nor the new one. Raises `UserError` for what the file system refuses.
+    At no moment is there neither the old nor the new one. A link stays, and what it leads to is replaced. Raises
+    `UserError` for what the file system refuses.
     """
-    writing, old = path.with_name(f".writing-{path.name}"), path.with_name(f".old-{path.name}")
+    place = followed(path)
+    writing, old = place.with_name(f".writing-{place.name}"), place.with_name(f".old-{place.name}")
     try:
-        if old.exists() and not path.exists():
-            os.replace(old, path)  # of a run that was killed between the two renames
-        shutil.rmtree(writing, ignore_errors=True)  # of a run that was killed while writing
+        if old.exists() and not place.exists():
+            os.replace(old, place)  # of a run that was killed between the two renames
+        _remove(writing)  # of a run that was killed while writing
         writing.mkdir(parents=True)
         yield writing
         with undivided():
-            shutil.rmtree(old, ignore_errors=True)
-            if path.exists():
-                os.replace(path, old)
-            os.replace(writing, path)
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
+            if place.exists():
+                os.replace(place, old)
+            os.replace(writing, place)
+            _remove(old)
     except BaseException as error:
-        shutil.rmtree(writing, ignore_errors=True)
-        if old.exists() and not path.exists():
-            os.replace(old, path)
+        _remove(writing)
+        if old.exists() and not place.exists():
+            os.replace(old, place)
         if isinstance(error, OSError):
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
         raise
+
+
+def followed(path: Path) -> Path:
+    """What a link leads to in the end; any other path as it is."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def _remove(path: Path) -> None:
+    """A folder with all that is in it, as far as the file system lets go of it; of a link only the link."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -35,10 +35,23 @@ def decode(item: Item) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(item) if isinstance(item, bytes) else item)
         image.load()
-        return image
+        return _in_bytes(image)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         name = item if isinstance(item, str) else f"of {len(item)} bytes"
         raise UserError(f"task.data: the image {name} cannot be decoded ({error})") from error
+
+
+def _in_bytes(image: Image.Image) -> Image.Image:
+    """Of 16 bits a pixel the upper 8, as Pillow itself reads colours of 16: its conversions would clip them to white.
+
+    Raises ValueError for pixels whose range is not known.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = "32-bit" if image.mode == "I" else "floating-point"
+        raise ValueError(f"its pixels are {kind} numbers of no known range: save it with 8 or 16 bits a channel")
+    return image
 
 
 def channels_of(item: Item) -> int:
