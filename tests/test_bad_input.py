@@ -220,7 +220,6 @@ def test_resuming_with_another_structure(tmp_path: Path, capsys: pytest.CaptureF
         assert f"{key} ({value}) must be {there}, as in the checkpoint" in line
 
 
-<<<<<<< HEAD
 def test_resuming_with_other_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of the same sizes, so that nothing else would tell."""
     file = str(config(tmp_path, **custom("wrong", part="square"), steps=4))
@@ -230,14 +229,14 @@ def test_resuming_with_other_rules(tmp_path: Path, capsys: pytest.CaptureFixture
     words = ["--config", file, "--resume", "auto", "--steps", "8", "--structure.rules"]
     assert "structure.rules (" in one_line(capsys, main([*words, rules[1]]))
     assert main([*words, rules[0]]) == 0
-=======
+
+
 def test_resuming_what_no_run_has_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`snapshot.save` of the library alone knows of no config."""
     store = CheckpointStore(tmp_path / "out" / "checkpoints")
     path = store.save(4, {"weights": {"w": torch.zeros(2)}}, {})
     line = one_line(capsys, main(["--config", str(config(tmp_path, **custom("blobs"))), "--resume", "auto"]))
     assert f"resume: {path} does not say of what config it is" in line
->>>>>>> 5ba17efe9194cfa7fdc405f6c11c26f96b035b93
 
 
 def test_resuming_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
