@@ -384,6 +384,10 @@ def test_a_model_that_cannot_be_taken_over_is_refused() -> None:
     groups = find_groups(shared, (torch.zeros(3, 6),))
     with pytest.raises(UserError, match=r"0\.weight and 2\.weight share their memory but are two tensors"):
         Offloader(shared, groups, loss_fn, optimizer=ADAMW, structure=Structure(groups, 1.0))
+    model = network()
+    model.register_buffer("first", torch.arange(3))
+    model.register_buffer("again", model.get_buffer("first").view(3))  # nothing trains either of them
+    offloader(model)
 
 
 def test_groups_of_another_model_are_refused() -> None:

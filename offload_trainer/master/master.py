@@ -118,13 +118,13 @@ def stored_moments(entries: Entries, precision: Precision) -> Entries:
 
 
 def _require_apart(tensors: Mapping[str, Tensor]) -> None:
-    """Raise `UserError` for two tensors that are one in memory alone: in a slab they would be two."""
+    """Raise `UserError` for two tensors that are one in memory alone, if one is trained: in a slab they would be two."""
     seen: dict[tuple[int, torch.Size], str] = {}
     for name, tensor in tensors.items():
         if tensor.is_meta or not tensor.numel():
             continue
         other = seen.setdefault((tensor.data_ptr(), tensor.shape), name)
-        if other != name:
+        if other != name and (tensor.requires_grad or tensors[other].requires_grad):
             raise UserError(f"{other} and {name} share their memory but are two tensors: tie them, as one tensor")
 
 
