@@ -118,7 +118,7 @@ def stored_moments(entries: Entries, precision: Precision) -> Entries:
 
 
 def _require_apart(tensors: Mapping[str, Tensor]) -> None:
-    """Raise `UserError` for two tensors that are one in memory alone, if one is trained: in a slab they would be two."""
+    """Raise `UserError` for two tensors that are one in memory alone and trained: in a slab they would be two."""
     seen: dict[tuple[int, torch.Size], str] = {}
     for name, tensor in tensors.items():
         if tensor.is_meta or not tensor.numel():
