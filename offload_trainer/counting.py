@@ -19,7 +19,7 @@ from offload_trainer.master.master import stored_weights
 from offload_trainer.master.precision import Precision
 
 STATISTICS = 16
-"""Rows that a part of a batch keeps where BatchNorm takes statistics from it."""
+"""Rows of the parts of a batch, or half as many where it does not divide, if BatchNorm takes statistics from them."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Passes:
     val_batch: Any
     device: torch.device
     autocast: bool
+    parted: bool
 
     def training(self, plan: Plan) -> Footprint:
         """Of a subnet's step: forward and backward."""
@@ -61,13 +62,16 @@ class Passes:
     def rows(self) -> Iterator[int | None]:
         """How many rows of a batch could pass through the full master at once: all (None), then ever fewer."""
         yield None
-        try:
-            rows = max(batch_rows(self.batch), batch_rows(self.val_batch))
-        except UserError:  # a batch that cannot be parted
+        if not self.parted or self.failures:
             return
+        rows = max(batch_rows(self.batch), batch_rows(self.val_batch))
         least = STATISTICS if self._takes_statistics else 1
         while rows > least:
             rows = max(least, -(-rows // 2))
+            self.master_evaluation(rows)
+            if self.failures:  # it takes whole batches only, after all
+                self.failures.clear()
+                return
             yield rows
 
     @cached_property

@@ -28,7 +28,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Means of the metrics over the batches, weighted by `count`; each rank takes its share of the batches.
 
-    parts: of a batch, in which it is taken.
+    parts: what a batch is divided into, to be taken one after the other.
     """
     training = module.training
     module.eval()

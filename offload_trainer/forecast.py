@@ -70,7 +70,7 @@ class Forecast:
             table.add_row(Text(verdict.place, "bold"), Text.assemble(word, ": ", verdict.text))
         table.add_row(Text("link", "bold"), Text(self._link_time(self.link)))
         rows = self.ledger.rows
-        parts = f"batches pass through it in parts of {rows}, for no more device memory than training takes"
+        parts = f"batches pass through it in parts of {rows} at most, for less device memory"
         for name, text in (
             ("ρ", self.reason),
             ("master", parts if rows else None),

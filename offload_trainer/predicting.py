@@ -58,6 +58,10 @@ class Predictor:
     """Bytes of host memory that the process holds already: Python, libraries, data, a model that is not on meta."""
     processes: int = 1
     """Of the run; they average their gradients in one message."""
+    parted: bool = False
+    """Whether loss and metrics can take a batch in parts."""
+    rehearsal: bool = False
+    """Whether they are tried on a subnet before the run."""
     proof: bool = True
     """Whether slicing is verified, on a float32 copy of the model, before it is loaded."""
     calibration: bool = False
@@ -99,7 +103,7 @@ class Predictor:
         limit = max(phase.device_bytes for phase in (*training, evaluated))
         rows, calibration, passed = self._through_master(host, small, plan, limit)
         phases = [
-            *self._before_training(host),
+            *self._before_training(host, sizes),
             *calibration,
             *training,
             evaluated,
@@ -126,8 +130,8 @@ class Predictor:
 
     # The phases
 
-    def _before_training(self, host: dict[str, int]) -> list[Phase]:
-        """Probing, proof, loading."""
+    def _before_training(self, host: dict[str, int], sizes: Sizes) -> list[Phase]:
+        """Probing, proof, rehearsal, loading."""
         copied = {"process": self.process, "what is copied": (2 if self._on_host else 1) * PROBED}
         phases = [Phase("link probed", copied, {})]
         if self.proof:
@@ -138,6 +142,10 @@ class Predictor:
             copies = {"float32 copy": copied, "sliced copy": int(PROOF_SHARE * copied)}
             copies["one gradient"] = int(8 * share * max(elements))
             phases.append(Phase("proof", {"process": self.process, **copies}, {}))
+        if self.rehearsal:
+            there = {} if self._on_host else {"subnet": sizes.weights}
+            there |= {"activations": self._passes.training(sizes.plan).peak}
+            phases.append(Phase("rehearsal", {"process": self.process, "sliced copy": sizes.weights}, there))
         # A model that is not on meta moves into the slab tensor by tensor.
         built = [tensor.nbytes for tensor in self.tensors.values() if not tensor.is_meta]
         beside = {"model as it was built": max(built, default=0)}
@@ -149,12 +157,15 @@ class Predictor:
         self, host: dict[str, int], small: dict[str, int], plan: Plan, limit: int
     ) -> tuple[int | None, list[Phase], Phase]:
         """The most rows of a batch that may pass through the full master at once (None: all), so that the device holds
-        no more than `limit`, if any do; and the phases in which they pass: before training, and after."""
+        no more than `limit`, or their activations no more than the layer that passes anyway; and the phases in which
+        they pass: before training, and after."""
+        layer = sum(self._passing.values())
         for rows in self._passes.rows():
             before = self._calibration(host, plan, rows)
             activations = {"activations": self._passes.master_evaluation(rows)}
             after = Phase("master evaluated", host, small | self._passing | activations)
-            if all(phase.device_bytes <= limit for phase in (*before, after)):
+            phases = (*before, after)
+            if all(phase.device_bytes <= limit or phase.device["activations"] <= layer for phase in phases):
                 break
         return rows, before, after
 
@@ -235,7 +246,7 @@ class Predictor:
     def _passes(self) -> Passes:
         functions = {"loss_fn": self.loss_fn, "metrics_fn": self.metrics_fn}
         batches = {"batch": self.batch, "val_batch": self.val_batch}
-        where = {"device": self.device, "autocast": self.autocast}
+        where = {"device": self.device, "autocast": self.autocast, "parted": self.parted}
         return Passes(self.model, self.groups, self.precision, **functions, **batches, **where)
 
     @cached_property

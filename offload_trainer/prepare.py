@@ -119,10 +119,11 @@ def prepare(config: Config) -> Prepared:
     if not config.dry_run:
         planning.require(forecast.verdicts)
     fits = all(verdict.fits for verdict in forecast.verdicts)
-    if fits and isinstance(config.task, Custom):
-        rehearse(config.task.function, accelerator, predictor, Plan(groups, structure.top()), task)
     if fits and config.structure.verify and structure.names:
         verify_groups(task.model, groups, task.example_inputs)
+    if fits and predictor.rehearsal and isinstance(config.task, Custom):
+        rehearse(config.task.function, accelerator, predictor, Plan(groups, structure.top()), task)
+    if fits:
         memory.give_back()
         growth = memory.host_bytes() - predictor.process  # by what a first forward and backward load and keep
         forecast = replace(forecast, ledger=forecast.ledger.with_larger_process(growth))
@@ -130,16 +131,12 @@ def prepare(config: Config) -> Prepared:
 
 
 def rehearse(function: str, accelerator: Accelerator, predictor: Predictor, plan: Plan, task: tasks.Task) -> None:
-    """Try a user's own loss and metric on a subnet and real batches; not of a model on meta, which has no values."""
-    if any(tensor.is_meta for tensor in named_tensors(task.model).values()):
-        return
+    """Try a user's own loss and metric on a subnet and real batches."""
     before = memory.random_state(accelerator.device)
     module = slice_module(task.model, plan, plan.groups).to(accelerator.device)
     with accelerator.autocast():
         tasks.rehearse(task, module, predictor.batch, predictor.val_batch, function)
     memory.set_random_state(accelerator.device, before)
-    del module
-    memory.give_back()
 
 
 def with_keep(config: Config, keep: float | None) -> Config:
@@ -187,6 +184,9 @@ def make_predictor(
         autocast=config.memory.autocast == "bf16",
         process=memory.host_bytes(),
         processes=accelerator.num_processes,
+        parted=task.parted,
+        # Not of a model on meta, which has no values yet.
+        rehearsal=isinstance(config.task, Custom) and not any(t.is_meta for t in named_tensors(task.model).values()),
         proof=structure.verify,
         calibration=structure.start == "importance" and checkpoint is None,
         stand_in=structure.stand_in and structure.settle == 1,

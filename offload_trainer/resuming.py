@@ -40,7 +40,7 @@ def require_resumable(
     if checkpoint.meta["step"] > steps:
         raise UserError(f"steps ({steps}) must be at least {checkpoint.meta['step']}, where {checkpoint.path} stands")
     for key, here in shared.items():
-        there = checkpoint.meta["config"].get(key)
+        there = checkpoint.meta["config"].get(key, here)  # an older checkpoint may not know of it
         if there != here:
             raise UserError(f"{key} ({here}) must be {there}, as in the checkpoint {checkpoint.path}")
     # Last: where a key differs, so may the tensors, and the key says it better.

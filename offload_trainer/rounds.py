@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Integral
 from typing import Any, Self
 
 import torch
@@ -21,7 +22,7 @@ def require_arguments(
 ) -> None:
     """Raise `UserError` unless rounds can be made of them (see `Offloader`). fits: what is compiled, if anything is,
     fits every plan."""
-    if not isinstance(sync_every, int) or isinstance(sync_every, bool) or sync_every < 1:
+    if not isinstance(sync_every, Integral) or isinstance(sync_every, bool) or sync_every < 1:
         raise UserError(f"sync_every ({sync_every}) must be a whole number, at least 1")
     if state not in ("carry", "reset"):
         raise UserError(f"state ({state!r}) must be carry or reset")

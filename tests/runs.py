@@ -178,6 +178,18 @@ def accuracy(module: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
     return {"loss": nn.functional.cross_entropy(logits, batch[1]), "accuracy": hits}
 
 
+def paired_rows(rows: int = 16) -> dict[str, Any]:
+    """Every row is told from the one after it, so a loss of fewer rows is another one, and here none."""
+    batches = [torch.randn(rows, 8) for _ in range(4)]
+
+    def loss(module: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        pairs = module(batch).view(rows // 2, 2, 4)
+        return (pairs[:, 0] - pairs[:, 1]).square().mean()
+
+    model = nn.Sequential(nn.Linear(8, 512), nn.ReLU(), nn.Linear(512, 4))
+    return {"model": model, "train": batches, "val": batches[:2], "loss": loss}
+
+
 def wrong(part: str) -> dict[str, Any]:
     """`blobs`, but for one part that is not as it must be; or with hidden layers of one size ("square")."""
     made = blobs()

@@ -10,6 +10,7 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from offload_trainer import offloader as offloader_module
+from offload_trainer import train
 from offload_trainer.device import memory
 from offload_trainer.master import CheckpointStore
 from offload_trainer.monitor import Monitor
@@ -237,6 +238,16 @@ def test_resuming_what_no_run_has_saved(tmp_path: Path, capsys: pytest.CaptureFi
     path = store.save(4, {"weights": {"w": torch.zeros(2)}}, {})
     line = one_line(capsys, main(["--config", str(config(tmp_path, **custom("blobs"))), "--resume", "auto"]))
     assert f"resume: {path} does not say of what config it is" in line
+
+
+def test_resuming_a_checkpoint_that_does_not_know_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of an older version: what it does not say cannot differ."""
+    file = str(config(tmp_path, **custom("wrong", part="square"), steps=4))
+    rules = "{a: ['0.weight:0', '0.bias:0', '2.weight:1']}"
+    known = train.resumable
+    monkeypatch.setattr(train, "resumable", lambda c: {k: v for k, v in known(c).items() if k != "structure.rules"})
+    assert main(["--config", file, "--structure.rules", rules]) == 0
+    assert main(["--config", file, "--resume", "auto", "--steps", "8", "--structure.rules", rules]) == 0
 
 
 def test_resuming_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -260,7 +260,8 @@ def test_the_master_takes_no_more_of_the_device_than_training() -> None:
     )
     batch = torch.randn(96, 3, 12, 12), torch.randint(10, (96,))
     groups = find_groups(model, (torch.zeros(3, 3, 8, 8),))
-    told = replace(predictor((model, batch, (), on_labels), groups, sgd, True), calibration=True)
+    whole = replace(predictor((model, batch, (), on_labels), groups, sgd, True), calibration=True)
+    told = replace(whole, parted=True)
     accelerator = Accelerator(cpu=True)
     for keep, expected in ((0.9, None), (1 / 8, (16, 48))):
         plan = Plan(groups, Structure(groups, keep).top())
@@ -271,6 +272,7 @@ def test_the_master_takes_no_more_of_the_device_than_training() -> None:
         if expected is None:
             assert ledger.rows is None
             continue
+        assert whole.ledger(plan, reference=False, sampled=sliced(plan)).rows is None  # unless it cannot be parted
         assert ledger.rows is not None and expected[0] <= ledger.rows <= expected[1]
         parts = pieces(batch, ledger.rows)
 
@@ -279,6 +281,18 @@ def test_the_master_takes_no_more_of_the_device_than_training() -> None:
             evaluate_full(model, parts, lambda module, part: {"loss": on_labels(module, part)}, batch_rows, accelerator)
 
         assert allocated(lambda parts=parts: evaluated(parts)) <= limit < allocated(lambda: evaluated([batch]))
+
+
+def test_batches_are_not_parted_for_less_than_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a layer of the master passes through; parts mean more passes, and save activations alone."""
+    model = nn.Sequential(nn.Linear(64, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 10))
+    batch = torch.randn(256, 64), torch.randint(10, (256,))
+    groups = find_groups(model, (torch.zeros(3, 64),))
+    told = replace(predictor((model, batch, (), on_labels), groups, adamw, True), parted=True)
+    plan = Plan(groups, Structure(groups, 1 / 32).top())
+    assert (told.ledger(plan, reference=False, sampled=sliced(plan)).rows or 256) < 64
+    monkeypatch.setattr(Predictor, "_on_host", False)
+    assert replace(told).ledger(plan, reference=False, sampled=sliced(plan)).rows is None
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["one after another", "overlapping"])

@@ -350,6 +350,17 @@ def test_optimizer_state_of_another_shape_is_an_error() -> None:
         offloader(network(), lambda params: Odd(params, lr=0.1))
 
 
+def test_an_optimizer_of_the_models_own_parameters_alone_resets() -> None:
+    def rates(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        named = zip(params, [0.1] * 10 + [0.01], strict=True)
+        return torch.optim.SGD([{"params": [p], "lr": rate} for p, rate in named])
+
+    with offloader(network(), rates, state="reset") as trainer:
+        run(trainer, data(2))
+    with pytest.raises(UserError, match=r"must take any list of parameters; of a list of one it raised ValueError"):
+        offloader(network(), rates)
+
+
 @pytest.mark.parametrize("state", ["carry", "reset"])
 def test_an_optimizer_that_takes_no_step_by_itself_is_refused(state: str) -> None:
     with pytest.raises(UserError, match=r"LBFGS cannot take a step on a parameter of torch.float32: .*closure"):

@@ -145,6 +145,16 @@ def test_calibration_takes_batches_in_the_same_parts(tmp_path: Path) -> None:
     assert [len(part) for part in odd.parts([0])] == [3]
 
 
+def test_a_loss_that_needs_its_batch_whole_gets_it(tmp_path: Path) -> None:
+    """Of the master's evaluation too, whatever it takes."""
+    file = config(tmp_path, **custom("paired_rows"), **{"structure.keep": 0.1})
+    assert main(["--config", str(file)]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["full_master"]["loss"] > 0
+    phases = summary["ledger"]["predicted"]["phases"]
+    assert phases["master evaluated"]["device_bytes"] > phases["forward and backward"]["device_bytes"]
+
+
 def test_recomputed_activations_train_the_same_and_take_less(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -141,10 +141,12 @@ class Contender:
     def seconds_per_step(self) -> float:
         """Of the whole run: while it explores, rounds have pairs; once it is settled, they have none."""
         config = parse(["--config", str(self.options.config), *self.arguments, "--steps", "1"])
-        settled = config.structure.settle
-        pairs = config.structure.paired_batches * SAMPLE / config.sync_every
-        shares = {0: 1 - settled, 1: settled}
-        return sum(share * self._cost(settle, max(1, round(pairs))) for settle, share in shares.items() if share)
+        exploring = 1 - config.structure.settle
+        wanted = config.structure.paired_batches * SAMPLE / config.sync_every  # pairs in a round of the sample
+        pairs = max(1, round(wanted))
+        alone = self._cost(1, pairs)
+        paired = self._cost(0, pairs) if exploring else alone
+        return alone + exploring * (paired - alone) * wanted / pairs
 
     def _cost(self, settle: int, pairs: int) -> float:
         """Seconds of a step in the second and third round, transfers included; in the first the plan is known and

@@ -18,6 +18,9 @@ from offload_trainer.config.explaining import SECTIONS, described, keys, misjudg
 from offload_trainer.config.sections import Config
 from offload_trainer.errors import UserError
 
+MERGE = "tag:yaml.org,2002:merge"
+"""What YAML calls a `<<`, of which a map may have several."""
+
 
 def parse(argv: list[str] | None = None) -> Config:
     """The config of `--config FILE [--dotted.key value ...]`; None: of this process's own command line.
@@ -83,14 +86,14 @@ def _require_once(file: str) -> None:
         if isinstance(node, yaml.SequenceNode):
             waiting += [(prefix, value) for value in node.value]
         elif isinstance(node, yaml.MappingNode):
-            lines: dict[str, int] = {}
+            lines: dict[tuple[str, str], int] = {}
             for key, value in node.value:
-                name, line = f"{prefix}{key.value}", key.start_mark.line + 1
-                if name in lines:
+                name, line, same = f"{prefix}{key.value}", key.start_mark.line + 1, (key.tag, str(key.value))
+                if same in lines and key.tag != MERGE:
                     raise UserError(
-                        f"--config ({file}): {name} is given twice, on lines {lines[name]} and {line}: keep one"
+                        f"--config ({file}): {name} is given twice, on lines {lines[same]} and {line}: keep one"
                     )
-                lines[name] = line
+                lines[same] = line
                 waiting.append((f"{name}.", value))
 
 

@@ -84,7 +84,7 @@ def recording(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; checkpoints and earlier records are kept: make room and "
+            f"cannot write {path}: {error.strerror or error}; checkpoints and earlier records are kept: mend that and "
             "go on with --resume auto"
         ) from error
 

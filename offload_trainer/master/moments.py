@@ -36,7 +36,7 @@ class StateLayout:
     """Name → an example value: a tensor without dimensions, or a number."""
     betas: tuple[float, float] | None
     starts: Mapping[str, float] = field(default_factory=dict)
-    """Name of a moment → what its entries are before their first step, where that is not 0."""
+    """Name of a moment → what entries that were never trained hold, where that is not 0."""
 
     @property
     def corrected(self) -> bool:
@@ -74,14 +74,23 @@ def trained_dtype(model: nn.Module) -> torch.dtype:
 def probe_optimizer(
     factory: OptimizerFactory, dtype: torch.dtype, device: torch.device, *, carry: bool = True
 ) -> StateLayout:
-    """Learn an optimizer's state from one step on a (6, 10) parameter without a gradient to speak of; without `carry`
-    only that it can take one.
+    """Learn an optimizer's state from one step on a (6, 10) parameter whose gradient is zero; without `carry` only that
+    it can take one.
 
-    Raises `UserError` when `factory` does not return an optimizer, one that cannot take a step by itself, or one whose
-    state holds a tensor of another shape.
+    Raises `UserError` when `factory` returns no optimizer, or one that cannot take a step by itself, or one whose state
+    holds a tensor of another shape.
     """
     parameter = nn.Parameter(torch.zeros(6, 10, dtype=dtype, device=device))
-    optimizer = factory([parameter])
+    try:
+        optimizer = factory([parameter])
+    except Exception as error:
+        if not carry:  # it may want the model's own parameters, as many as they are
+            return StateLayout({}, {}, None)
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"optimizer(params) must take any list of parameters; of a list of one it raised {type(error).__name__}: "
+            f"{why} (optimizer.state: reset asks it for the model's own alone)"
+        ) from error
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(f"optimizer(params) must return a torch optimizer, it returned {type(optimizer).__name__}")
     parameter.grad = torch.zeros_like(parameter)

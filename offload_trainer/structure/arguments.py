@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Literal, get_args
 
 from offload_trainer.structure.budgets import ScheduleName, require
@@ -38,7 +39,7 @@ def require_arguments(
         ("schedule", schedule, get_args(ScheduleName)),
     ):
         require(value in choices, key, value, f"be one of {', '.join(choices)}")
-    require(isinstance(keep, int | float) and 0 < keep <= 1, "keep", keep, "be in (0, 1]")
+    require(isinstance(keep, Real) and 0 < keep <= 1, "keep", keep, "be in (0, 1]")
     require(0.5 <= alpha < 1, "alpha", alpha, "be in [0.5, 1)")
     require(0 <= lr < math.inf, "lr", lr, "be finite and not negative")
     require(paired_batches >= 1, "paired_batches", paired_batches, "be at least 1")

@@ -63,6 +63,7 @@ def build(config: "CausalLM", seed: int) -> Task:
         val=[val_blocks[val_order.indices(step)].long() for step in range(val_batches)],
         unit="tokens",
         count=lambda batch: batch[:, 1:].numel(),
+        parted=True,
         derived=perplexity,
         materialise=lambda model: materialise(model, weights.load if weights else None),
         initialise=None if weights else lambda model: materialise(model, None),

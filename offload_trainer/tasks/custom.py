@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from offload_trainer.batches import batch_rows, shard
 from offload_trainer.errors import UserError
 from offload_trainer.tasks.hf_config import save_config, why_no_config
-from offload_trainer.tasks.loaders import train_batches, val_batches
+from offload_trainer.tasks.loaders import RandomState, train_batches, val_batches
 from offload_trainer.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -90,9 +90,14 @@ def rehearse(task: Task, module: nn.Module, batch: Any, val_batch: Any, function
     """The loss of a batch with its gradients, and the metrics of another, as the run will ask for them.
 
     Raises `UserError`, naming what failed and where, so that a mistake in a user's functions shows before the run.
-    module: a slice of the model, where the batches are; it is changed.
+    module: a slice of the model, where the batches are; it is changed. Random numbers are drawn from states of its own.
     """
     who = f"task.function ({function})"
+    with RandomState(0).installed():
+        _rehearse(task, module, batch, val_batch, who)
+
+
+def _rehearse(task: Task, module: nn.Module, batch: Any, val_batch: Any, who: str) -> None:
     loss = _told(lambda: task.loss_fn(module.train(), batch), f"{who}: loss")
     if not loss.requires_grad:
         raise UserError(f"{who}: loss does not depend on a trained parameter: it has no gradient")

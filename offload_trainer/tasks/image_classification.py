@@ -60,6 +60,7 @@ def build(config: "ImageClassification", seed: int) -> Task:
         val=ValBatches(val_images, mean, std, config.batch_size),
         unit="images",
         count=lambda batch: len(batch[1]),
+        parted=True,
         materialise=initialise,
         initialise=initialise,
     )

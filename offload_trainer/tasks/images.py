@@ -46,12 +46,16 @@ def _in_bytes(image: Image.Image) -> Image.Image:
 
     Raises ValueError for pixels whose range is not known.
     """
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        kind = "32-bit" if image.mode == "I" else "floating-point"
-        raise ValueError(f"its pixels are {kind} numbers of no known range: save it with 8 or 16 bits a channel")
-    return image
+    if not image.mode.startswith(("I", "F")):
+        return image
+    pixels = np.asarray(image)
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if sixteen and (pixels.max() > 255 or not pixels.any()):
+        return Image.fromarray((pixels >> 8).astype(np.uint8))
+    if image.mode == "I" and not sixteen and pixels.max() <= 255:
+        return image
+    kind = "floating-point numbers" if image.mode == "F" else "16-bit numbers" if sixteen else "32-bit numbers"
+    raise ValueError(f"its pixels are {kind} of no known range: save it with 8 bits a channel, or all 16 of them used")
 
 
 def channels_of(item: Item) -> int:

@@ -88,7 +88,7 @@ def _read_folder(root: Path) -> Parts:
             names = sorted(entry.name for entry in os.scandir(folder) if _is_image(entry.name))
             if names:
                 parts.setdefault(part, []).extend((folder.name, f"{folder}/{name}") for name in names)
-            elif not folder.name.startswith("."):
+            elif part == "train" and not folder.name.startswith((".", "@", "__")):  # what file systems leave
                 raise UserError(f"task.data ({root}): {part}/{folder.name} holds no images: add some, or remove it")
     return parts
 

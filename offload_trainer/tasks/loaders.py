@@ -71,7 +71,7 @@ class LoaderBatches(Dataset[Any]):
         except TypeError:
             self.length = None  # an IterableDataset: its end shows when it comes
         self._batches: Iterator[Any] | None = None
-        self._state = _RandomState(0)
+        self._state = RandomState(0)
         self._epoch = self._first = self._next = 0  # the running epoch, its first step, the step that comes next
         self._last: tuple[int, Any] = (-1, None)
 
@@ -89,7 +89,7 @@ class LoaderBatches(Dataset[Any]):
     def _begin(self, epoch: int, first: int) -> None:
         self._epoch, self._first, self._next = epoch, first, first
         seed = int(random_stream(self.seed, 2, epoch).integers(2**31))
-        self._state = _RandomState(seed)
+        self._state = RandomState(seed)
         sampler = getattr(self.loader, "sampler", None)
         if callable(set_epoch := getattr(sampler, "set_epoch", None)):
             set_epoch(epoch)
@@ -119,7 +119,7 @@ class ValBatches(Sequence[Any]):
 
     def __init__(self, loader: LoaderBatches):
         if loader.length is None:
-            with _RandomState(0).installed():
+            with RandomState(0).installed():
                 loader.length = sum(1 for _ in loader.loader)
         if not loader.length:
             raise UserError(f"{loader.who} is empty")
@@ -133,7 +133,7 @@ class ValBatches(Sequence[Any]):
         return [self.loader[number] for number in chosen] if isinstance(chosen, range) else self.loader[chosen]
 
 
-class _RandomState:
+class RandomState:
     """A state of its own for the three global random generators, put in their place for a while."""
 
     def __init__(self, seed: int):

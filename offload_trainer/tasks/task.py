@@ -36,6 +36,8 @@ class Task:
     """Units in a batch."""
     derived: Callable[[Mapping[str, float]], dict[str, float]] | None = None
     """From the means of `metrics_fn`'s scalars over a data set, what else to report, such as perplexity."""
+    parted: bool = False
+    """Whether loss and metrics are means over rows: parts of a batch, weighted by `count`, say what all of it says."""
     widths: dict[Any, Any] = field(default_factory=dict)
     """Rules for width-carrying attributes that `find_groups` does not know."""
     materialise: Callable[[nn.Module], None] | None = None

@@ -61,23 +61,24 @@ class Run:
         return ledger["measured"].get("device_peak_bytes") or ledger["predicted"]["device_peak_bytes"]
 
 
-def finish(out: Path, config: str | Path, arguments: Sequence[object], *, keep_checkpoints: bool = False) -> Run:
-    """The run of a config (a shipped one by its name) in the folder `out`, as its command does it: trained now, unless
-    that is done, and gone on with where it was interrupted.
+def finish(out: Path, name: str | Path, arguments: Sequence[object], *, keep_checkpoints: bool = False) -> Run:
+    """The run of a config (a shipped one by its name, any other by its file) in the folder `out`, as its command does
+    it: trained now, unless that is done, and gone on with where it was interrupted.
 
     Raises `UserError` if the run fails, or if another one lies in the folder.
     """
-    file = ROOT / "configs" / f"{config}.yaml" if isinstance(config, str) else config
+    file = ROOT / "configs" / f"{name}.yaml" if isinstance(name, str) else name
     words = ["--config", file, "--out", out, *arguments]
-    settings = chosen(parse([str(word) for word in words]))
+    config = parse([str(word) for word in words])
+    whole = config.model_dump(mode="json", exclude=set(ELSEWHERE))
     begun = (out / METRICS).exists()
-    if begun and (not (out / ASKED).is_file() or json.loads((out / ASKED).read_text()) != settings):
+    if begun and (not (out / ASKED).is_file() or json.loads((out / ASKED).read_text()) != whole):
         raise UserError(
             f"{out} holds a run with other arguments, or of a config that has changed: remove it, or use another --out"
         )
     if not (out / SUMMARY).is_file():
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / ASKED, settings)
+        write_json(out / ASKED, whole)
         launch(out.name, [*words, "--resume", "auto"], ["-m", "reproduction.timed"])
         if not keep_checkpoints:
             shutil.rmtree(out / "checkpoints")
@@ -85,7 +86,7 @@ def finish(out: Path, config: str | Path, arguments: Sequence[object], *, keep_c
     summary, passes = (json.loads((out / name).read_text()) for name in (SUMMARY, PASSES))
     scale = summary["steps"] / passes.pop("steps")  # a run that was killed timed some steps twice
     passes = {name: seconds * scale for name, seconds in passes.items()}
-    return Run(out, summary, [json.loads(line) for line in lines], passes, settings)
+    return Run(out, summary, [json.loads(line) for line in lines], passes, chosen(config))
 
 
 def chosen(section: BaseModel) -> dict[str, Any]:
