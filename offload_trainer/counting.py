@@ -24,18 +24,23 @@ STATISTICS = 16
 
 @dataclass(frozen=True)
 class Passes:
-    """Forward and backward passes of a model's slices, and of the whole of it. Fields: see `Predictor`."""
+    """Forward and backward passes of a model's slices, and of the whole of it, in one process."""
 
     model: nn.Module
+    """Full size; it may lie on the meta device."""
     groups: Groups
     precision: Precision
+    """Types in which the master is stored."""
     loss_fn: Callable[[nn.Module, Any], Tensor]
     metrics_fn: Callable[[nn.Module, Any], Any]
     batch: Any
+    """This process's share of a training step's batch, on the device."""
     val_batch: Any
+    """A validation batch, on the device."""
     device: torch.device
     autocast: bool
-    parted: bool
+    parted: bool = False
+    """Whether loss and metrics can take a batch in parts."""
 
     def training(self, plan: Plan) -> Footprint:
         """Of a subnet's step: forward and backward."""

@@ -1,12 +1,11 @@
 """What a run will take, told from its config alone: every entry of the ledger, before anything is allocated."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from offload_trainer import standins
@@ -15,7 +14,7 @@ from offload_trainer.device import footprint, memory
 from offload_trainer.device.elements import CHUNK
 from offload_trainer.device.footprint import OptimizerCost
 from offload_trainer.device.link import PROBED
-from offload_trainer.groups import Groups, Plan
+from offload_trainer.groups import Plan
 from offload_trainer.groups.slicing import named_tensors
 from offload_trainer.master.ledger import Ledger, Phase
 from offload_trainer.master.master import master_bytes
@@ -39,29 +38,17 @@ PROVED_WHOLE = 2**28
 class Predictor:
     """All that decides what one process of a run takes, but its plans."""
 
-    model: nn.Module
-    """Full size; it may lie on the meta device."""
-    groups: Groups
+    passes: Passes
+    """Of its model, losses and batches."""
     layout: StateLayout
     """Without moments: the optimizer's state is not carried from round to round."""
-    precision: Precision
     optimizer: OptimizerFactory
-    loss_fn: Callable[[nn.Module, Any], Tensor]
-    metrics_fn: Callable[[nn.Module, Any], Any]
-    batch: Any
-    """This process's share of a training step's batch, on the device."""
-    val_batch: Any
-    """A validation batch, on the device."""
-    device: torch.device
-    autocast: bool
     process: int
     """Bytes of host memory that the process holds already: Python, libraries, data, a model that is not on meta."""
     processes: int = 1
     """Of the run; they average their gradients in one message."""
-    parted: bool = False
-    """Whether loss and metrics can take a batch in parts."""
     rehearsal: bool = False
-    """Whether they are tried on a subnet before the run."""
+    """Whether loss and metrics are tried on a subnet before the run."""
     proof: bool = True
     """Whether slicing is verified, on a float32 copy of the model, before it is loaded."""
     calibration: bool = False
@@ -90,7 +77,7 @@ class Predictor:
 
         reference: a second subnet is held for the paired batches. sampled: the tensors that some plan slices.
         """
-        sizes = Sizes(self.model, self.layout, self.precision, plan, sampled)
+        sizes = Sizes(self.passes.model, self.layout, self.passes.precision, plan, sampled)
         ahead = reference and self.overlap and self.follows and not self.varying
         host, held = self._host(sizes, ahead), self._held(sizes, reference)
         small = held | {"exported subnet": self.candidates * sizes.weights}
@@ -98,7 +85,7 @@ class Predictor:
         training = self._training(sizes, host, held)
         if ahead:
             training.append(Phase("swap", host, held | _if_any({"arriving": sizes.arriving(on_host=self._on_host)})))
-        validation = self._passes.validation(plan).peak
+        validation = self.passes.validation(plan).peak
         evaluated = Phase("subnet evaluated", moved, small | {"activations": validation})
         limit = max(phase.device_bytes for phase in (*training, evaluated))
         rows, calibration, passed = self._through_master(host, small, plan, limit)
@@ -114,19 +101,22 @@ class Predictor:
         disk = {"checkpoints": self.checkpoints * sum(self._master.values()), "export": sizes.weights}
         disk |= {"full master": self._master["weights"]} if self.exports_full else {}
         disk |= {"mapped master": sum(self._master.values())} if self.mapped else {}
-        notes = tuple(dict.fromkeys(self._passes.failures))
+        notes = tuple(dict.fromkeys(self.passes.failures))
         return Ledger(tuple(phases), disk, sizes.link(reference, ahead), self._on_host, notes, rows)
 
     def savings(self) -> dict[str, int]:
         """What each option (config key and value) would save of the master's slabs, in bytes; 0 is left out."""
         options = {
             "optimizer.state: reset": replace(self, layout=StateLayout({}, {}, None)),
-            "memory.moments: bf16": replace(self, precision=replace(self.precision, moments=torch.bfloat16)),
-            "memory.weights: bf16": replace(self, precision=replace(self.precision, weights=torch.bfloat16)),
+            "memory.moments: bf16": self._at(replace(self.passes.precision, moments=torch.bfloat16)),
+            "memory.weights: bf16": self._at(replace(self.passes.precision, weights=torch.bfloat16)),
             "memory.master: file": replace(self, mapped=True),
         }
         now = sum(self._in_memory.values())
         return _if_any({option: now - sum(other._in_memory.values()) for option, other in options.items()})
+
+    def _at(self, precision: Precision) -> "Predictor":
+        return replace(self, passes=replace(self.passes, precision=precision))
 
     # The phases
 
@@ -144,7 +134,7 @@ class Predictor:
             phases.append(Phase("proof", {"process": self.process, **copies}, {}))
         if self.rehearsal:
             there = {} if self._on_host else {"subnet": sizes.weights}
-            there |= {"activations": self._passes.training(sizes.plan).peak}
+            there |= {"activations": self.passes.training(sizes.plan).peak}
             phases.append(Phase("rehearsal", {"process": self.process, "sliced copy": sizes.weights}, there))
         # A model that is not on meta moves into the slab tensor by tensor.
         built = [tensor.nbytes for tensor in self.tensors.values() if not tensor.is_meta]
@@ -160,9 +150,9 @@ class Predictor:
         no more than `limit`, or their activations no more than the layer that passes anyway; and the phases in which
         they pass: before training, and after."""
         layer = sum(self._passing.values())
-        for rows in self._passes.rows():
+        for rows in self.passes.rows():
             before = self._calibration(host, plan, rows)
-            activations = {"activations": self._passes.master_evaluation(rows)}
+            activations = {"activations": self.passes.master_evaluation(rows)}
             after = Phase("master evaluated", host, small | self._passing | activations)
             phases = (*before, after)
             if all(phase.device_bytes <= limit or phase.device["activations"] <= layer for phase in phases):
@@ -173,14 +163,14 @@ class Predictor:
         """Importance and standing in, of batches of so many rows."""
         if not self.calibration:
             return []
-        found = self._passes.master_training(rows)
+        found = self.passes.master_training(rows)
         # The inputs of one layer at a time are squared in float32.
         passing = self._passing | {"activations": found.peak + 2 * found.largest}
-        there, here = standins.scratch_bytes(self.model, plan) if self.stand_in else (0, 0)
+        there, here = standins.scratch_bytes(self.passes.model, plan) if self.stand_in else (0, 0)
         return [Phase("calibration", host | _if_any({"standing in": there}), passing | _if_any({"products": here}))]
 
     def _training(self, sizes: Sizes, host: dict[str, int], held: dict[str, int]) -> list[Phase]:
-        step = self._passes.training(sizes.plan)
+        step = self.passes.training(sizes.plan)
         cost = self._optimizer
         own = 0 if self.layout.moments else int(cost.state * sizes.gradients)  # that is not carried
         held = held | _if_any({"optimizer's own state": own})
@@ -222,15 +212,15 @@ class Predictor:
         return held | _if_any({"staging" if self._on_host else "staging (pinned)": staging})
 
     def _held(self, sizes: Sizes, reference: bool) -> dict[str, int]:
-        batch = sum(leaf.nbytes for leaf in tree_leaves(self.batch) if isinstance(leaf, Tensor))
+        batch = sum(leaf.nbytes for leaf in tree_leaves(self.passes.batch) if isinstance(leaf, Tensor))
         held = {"subnet": sizes.weights}
         held |= {f"subnet {moment}": size for moment, size in sizes.moments.items()}
         held |= {"reference": sizes.weights if reference else 0, "batch": batch}
-        return _if_any(held | {"libraries' workspace": memory.workspace_bytes(self.device)})
+        return _if_any(held | {"libraries' workspace": memory.workspace_bytes(self.passes.device)})
 
     @cached_property
     def _master(self) -> dict[str, int]:
-        return master_bytes(self.model, self.layout, self.precision)
+        return master_bytes(self.passes.model, self.layout, self.passes.precision)
 
     @property
     def _in_memory(self) -> dict[str, int]:
@@ -243,29 +233,22 @@ class Predictor:
         return sum(tensor.nbytes for tensor in self.tensors.values() if not tensor.is_meta)
 
     @cached_property
-    def _passes(self) -> Passes:
-        functions = {"loss_fn": self.loss_fn, "metrics_fn": self.metrics_fn}
-        batches = {"batch": self.batch, "val_batch": self.val_batch}
-        where = {"device": self.device, "autocast": self.autocast, "parted": self.parted}
-        return Passes(self.model, self.groups, self.precision, **functions, **batches, **where)
-
-    @cached_property
     def _optimizer(self) -> OptimizerCost:
-        return footprint.optimizer_cost(self.optimizer, trained_dtype(self.model), self.device)
+        return footprint.optimizer_cost(self.optimizer, trained_dtype(self.passes.model), self.passes.device)
 
     @cached_property
     def _passing(self) -> dict[str, int]:
         """What the device holds of the full master while that passes through it: its largest layer."""
-        layers = [sum(p.nbytes for p in module.parameters(recurse=False)) for module in self.model.modules()]
+        layers = [sum(p.nbytes for p in module.parameters(recurse=False)) for module in self.passes.model.modules()]
         return {} if self._on_host else {"one layer": max(layers)}
 
     @property
     def _on_host(self) -> bool:
-        return self.device.type == "cpu"
+        return self.passes.device.type == "cpu"
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        return named_tensors(self.model)
+        return named_tensors(self.passes.model)
 
 
 def _if_any(entries: Mapping[str, int]) -> dict[str, int]:

@@ -13,6 +13,7 @@ from offload_trainer import planning, tasks
 from offload_trainer.batches import batch_rows, pieces, shard
 from offload_trainer.config import Config, Custom
 from offload_trainer.config.base import size_in_bytes
+from offload_trainer.counting import Passes
 from offload_trainer.device import memory, ranks
 from offload_trainer.device.footprint import optimizer_cost
 from offload_trainer.device.link import probe_link
@@ -135,7 +136,7 @@ def rehearse(function: str, accelerator: Accelerator, predictor: Predictor, plan
     before = memory.random_state(accelerator.device)
     module = slice_module(task.model, plan, plan.groups).to(accelerator.device)
     with accelerator.autocast():
-        tasks.rehearse(task, module, predictor.batch, predictor.val_batch, function)
+        tasks.rehearse(task, module, predictor.passes.batch, predictor.passes.val_batch, function)
     memory.set_random_state(accelerator.device, before)
 
 
@@ -170,21 +171,24 @@ def make_predictor(
     optimizer_cost(optimizer, torch.float32, device)  # what a first step imports and starts is there from now on
     memory.give_back()
     every, keep_last = config.checkpoint.every, config.checkpoint.keep_last
-    return Predictor(
+    passes = Passes(
         task.model,
         groups,
-        layout,
         precision,
-        optimizer,
         task.loss_fn,
         task.metrics_fn,
         batch,
         val_batch,
         device,
         autocast=config.memory.autocast == "bf16",
+        parted=task.parted,
+    )
+    return Predictor(
+        passes,
+        layout,
+        optimizer,
         process=memory.host_bytes(),
         processes=accelerator.num_processes,
-        parted=task.parted,
         # Not of a model on meta, which has no values yet.
         rehearsal=isinstance(config.task, Custom) and not any(t.is_meta for t in named_tensors(task.model).values()),
         proof=structure.verify,

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from offload_trainer import Offloader, Structure, find_groups, verify_groups
 from offload_trainer.batches import batch_rows, pieces
+from offload_trainer.counting import Passes
 from offload_trainer.device import memory
 from offload_trainer.device.footprint import (
     LiveBytes,
@@ -212,9 +213,8 @@ def test_cost_of_an_optimizer(name: str) -> None:
 def predictor(case: Case, groups: Groups, factory: Callable, carry: bool, precision: Precision = FP32) -> Predictor:
     model, batch, _, loss_fn = case
     layout = probe_optimizer(factory, torch.float32, CPU) if carry else StateLayout({}, {}, None)
-    return Predictor(
-        model, groups, layout, precision, factory, loss_fn, loss_fn, batch, batch, CPU, autocast=False, process=0
-    )
+    passes = Passes(model, groups, precision, loss_fn, loss_fn, batch, batch, CPU, autocast=False)
+    return Predictor(passes, layout, factory, process=0)
 
 
 @pytest.mark.parametrize("control", ["none", "linear"])
@@ -261,7 +261,7 @@ def test_the_master_takes_no_more_of_the_device_than_training() -> None:
     batch = torch.randn(96, 3, 12, 12), torch.randint(10, (96,))
     groups = find_groups(model, (torch.zeros(3, 3, 8, 8),))
     whole = replace(predictor((model, batch, (), on_labels), groups, sgd, True), calibration=True)
-    told = replace(whole, parted=True)
+    told = replace(whole, passes=replace(whole.passes, parted=True))
     accelerator = Accelerator(cpu=True)
     for keep, expected in ((0.9, None), (1 / 8, (16, 48))):
         plan = Plan(groups, Structure(groups, keep).top())
@@ -288,7 +288,8 @@ def test_batches_are_not_parted_for_less_than_a_layer(monkeypatch: pytest.Monkey
     model = nn.Sequential(nn.Linear(64, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 10))
     batch = torch.randn(256, 64), torch.randint(10, (256,))
     groups = find_groups(model, (torch.zeros(3, 64),))
-    told = replace(predictor((model, batch, (), on_labels), groups, adamw, True), parted=True)
+    told = predictor((model, batch, (), on_labels), groups, adamw, True)
+    told = replace(told, passes=replace(told.passes, parted=True))
     plan = Plan(groups, Structure(groups, 1 / 32).top())
     assert (told.ledger(plan, reference=False, sampled=sliced(plan)).rows or 256) < 64
     monkeypatch.setattr(Predictor, "_on_host", False)
@@ -400,7 +401,8 @@ def test_a_loss_that_looks_at_values_is_said_not_to_be_counted() -> None:
         plan, reference=True, sampled=sliced(plan)
     )
     assert len(ledger.notes) == 1 and "the loss does not run on fake tensors" in ledger.notes[0]
-    metric = replace(predictor(mlp(), groups, adamw, True), metrics_fn=looks)
+    told = predictor(mlp(), groups, adamw, True)
+    metric = replace(told, passes=replace(told.passes, metrics_fn=looks))
     assert metric.ledger(plan, reference=True, sampled=sliced(plan)) == predictor(mlp(), groups, adamw, True).ledger(
         plan, reference=True, sampled=sliced(plan)
     )
@@ -454,9 +456,8 @@ def test_device_peak_of_a_run_on_a_gpu(name: str, factory: Callable) -> None:
     moved = tuple(x.to(cuda) for x in batch) if isinstance(batch, tuple) else batch.to(cuda)
     groups, plan = half(model, inputs)
     layout = probe_optimizer(factory, torch.float32, cuda)
-    told = Predictor(
-        model, groups, layout, FP32, factory, loss_fn, loss_fn, moved, moved, cuda, autocast=False, process=0
-    ).ledger(plan, reference=True, sampled=sliced(plan))
+    passes = Passes(model, groups, FP32, loss_fn, loss_fn, moved, moved, cuda, autocast=False)
+    told = Predictor(passes, layout, factory, process=0).ledger(plan, reference=True, sampled=sliced(plan))
     training = [phase for phase in told.phases if phase.name in ("forward and backward", "optimizer step")]
     predicted = max(phase.device_bytes for phase in training)
     torch.cuda.empty_cache()
