@@ -348,9 +348,18 @@ def test_grey_images_of_16_bits_are_scaled_not_clipped(tmp_path, suffix):
     assert grey.dtype == np.uint8 and np.array_equal(grey, shades >> 8)
 
 
-@pytest.mark.parametrize(("dtype", "kind"), [("float32", "floating-point"), ("int32", "32-bit")])
-def test_pixels_of_no_known_range_are_refused(tmp_path, dtype, kind):
-    Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "image.tif")
+def test_pixels_of_32_bits_that_use_8_are_those(tmp_path):
+    shades = np.arange(256, dtype=np.int32).reshape(16, 16)
+    Image.fromarray(shades).save(tmp_path / "image.tif")
+    assert np.array_equal(np.asarray(decode(str(tmp_path / "image.tif"))), shades)
+    assert channels_of(str(tmp_path / "image.tif")) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "kind"), [("float32", 1, "floating-point"), ("int32", 300, "32-bit"), ("uint16", 255, "16-bit")]
+)
+def test_pixels_of_no_known_range_are_refused(tmp_path, dtype, value, kind):
+    Image.fromarray(np.full((4, 4), value, dtype)).save(tmp_path / "image.tif")
     with pytest.raises(UserError) as error:
         decode(str(tmp_path / "image.tif"))
     assert f"image.tif cannot be decoded (its pixels are {kind} numbers of no known range: save it" in message(error)

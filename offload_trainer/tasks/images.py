@@ -44,7 +44,7 @@ def decode(item: Item) -> Image.Image:
 def _in_bytes(image: Image.Image) -> Image.Image:
     """Of 16 bits a pixel the upper 8, as Pillow itself reads colours of 16: its conversions would clip them to white.
 
-    Raises ValueError for pixels whose range is not known.
+    Raises ValueError for pixels whose range is not known, such as those of 16 bits that use only the lower 8.
     """
     if not image.mode.startswith(("I", "F")):
         return image
@@ -52,8 +52,8 @@ def _in_bytes(image: Image.Image) -> Image.Image:
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if sixteen and (pixels.max() > 255 or not pixels.any()):
         return Image.fromarray((pixels >> 8).astype(np.uint8))
-    if image.mode == "I" and not sixteen and pixels.max() <= 255:
-        return image
+    if image.mode == "I" and not sixteen and 0 <= pixels.min() and pixels.max() <= 255:
+        return Image.fromarray(pixels.astype(np.uint8))
     kind = "floating-point numbers" if image.mode == "F" else "16-bit numbers" if sixteen else "32-bit numbers"
     raise ValueError(f"its pixels are {kind} of no known range: save it with 8 bits a channel, or all 16 of them used")
 
