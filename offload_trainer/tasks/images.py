@@ -52,7 +52,7 @@ def _in_bytes(image: Image.Image) -> Image.Image:
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if sixteen and (pixels.max() > 255 or not pixels.any()):
         return Image.fromarray((pixels >> 8).astype(np.uint8))
-    if image.mode == "I" and not sixteen and 0 <= pixels.min() and pixels.max() <= 255:
+    if image.mode == "I" and not sixteen and pixels.min() >= 0 and pixels.max() <= 255:
         return Image.fromarray(pixels.astype(np.uint8))
     kind = "floating-point numbers" if image.mode == "F" else "16-bit numbers" if sixteen else "32-bit numbers"
     raise ValueError(f"its pixels are {kind} of no known range: save it with 8 bits a channel, or all 16 of them used")
