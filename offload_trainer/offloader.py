@@ -117,8 +117,7 @@ class Offloader:
             self._crediting.add(subnet.plan, subnet.parameters)  # what has just come in has been trained by then
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(subnet.parameters.values()), self.clip_norm)
-        subnet.optimizer.step()
-        subnet.optimizer.zero_grad()
+        self._bench.step()
         self.steps += 1
         running.steps += 1
         if running.steps >= self.sync_every:

@@ -1,6 +1,7 @@
 """The same invariants with the master pinned on the host and the subnet on a GPU."""
 
 import copy
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from offload_trainer import Group, Groups, Offloader, Plan, Slot, Structure, find_groups, snapshot
-from offload_trainer.device import memory, transfer
+from offload_trainer.device import elements, memory, transfer, workbench
+from offload_trainer.device.streams import Lane, Mark
+from offload_trainer.device.swap import Swap
 from offload_trainer.device.transfer import LINK_CHUNK, Transfer
+from offload_trainer.device.workbench import Workbench
 from offload_trainer.evaluation import evaluate, evaluate_full
 from offload_trainer.groups.slicing import named_tensors
 from offload_trainer.master import CheckpointStore, Slab, find_checkpoint
@@ -37,6 +41,7 @@ def deterministic() -> Iterator[None]:
 def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """What these small networks send in one part goes in several, as a large one's does."""
     monkeypatch.setattr(transfer, "PART", 2**12)
+    monkeypatch.setattr(elements, "PATCH", 2**10)
 
 
 AS_FAR_AS_POSSIBLE = pytest.mark.filterwarnings("ignore:.*eterministic")
@@ -177,7 +182,45 @@ def test_cuda_graphs_train_as_the_module_does() -> None:
     torch._dynamo.reset()
 
 
-OVERLAPPING = ("adamw", "sgd", "reset", "every step", "narrow weights", "narrow", "one group", "keep 1", "fresh")
+@pytest.fixture
+def late_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device's streams get ahead of and behind one another, by more than a step takes."""
+    chance = random.Random(0)
+
+    def sleep() -> None:
+        torch.cuda._sleep(chance.choice([1, 1, 1, 2**20, 2**23]))  # cycles: the last takes some 5 ms
+
+    after, step, arrived = Lane.after, Workbench.step, Transfer.arrived
+
+    def late_after(self: Lane, mark: Mark) -> Any:
+        context = after(self, mark)
+        with self.open():
+            sleep()
+        return context
+
+    def late(whole: Any, *arguments: Any) -> Any:
+        sleep()
+        result = whole(*arguments)
+        sleep()
+        return result
+
+    monkeypatch.setattr(Lane, "after", late_after)
+    monkeypatch.setattr(Workbench, "step", lambda self: late(step, self))
+    monkeypatch.setattr(Transfer, "arrived", lambda *arguments: late(arrived, *arguments))
+
+
+OVERLAPPING = (
+    "adamw",
+    "sgd",
+    "reset",
+    "every step",
+    "credit",
+    "narrow weights",
+    "narrow",
+    "one group",
+    "keep 1",
+    "fresh",
+)
 
 
 def to_gpu(batch: Any) -> Any:
@@ -185,7 +228,7 @@ def to_gpu(batch: Any) -> Any:
 
 
 @AS_FAR_AS_POSSIBLE
-@pytest.mark.usefixtures("races")
+@pytest.mark.usefixtures("races", "late_streams")
 @pytest.mark.parametrize("case", OVERLAPPING)
 @pytest.mark.parametrize("kind", MODELS)
 def test_overlapping_rounds_equal_others_bit_for_bit(kind: str, case: str, deterministic: None) -> None:
@@ -202,6 +245,39 @@ def test_overlapping_rounds_equal_others_bit_for_bit(kind: str, case: str, deter
 
 
 @AS_FAR_AS_POSSIBLE
+@pytest.mark.usefixtures("late_streams")
+def test_a_run_that_settles_equals_one_that_does_not_overlap(deterministic: None) -> None:
+    """Memory of the reference is let go while its values may still be leaving."""
+    ended = []
+    for overlap in (False, True):
+        with make("cnn", overlap=overlap) as trainer:
+            torch.manual_seed(5)
+            for step, batch in enumerate(on_gpu(data(30))):
+                if step == 12:
+                    trainer.settle()
+                run(trainer, [batch])
+            trainer.finish_round()
+            ended.append(result(trainer))
+    assert_same(*ended)
+
+
+@AS_FAR_AS_POSSIBLE
+@pytest.mark.usefixtures("late_streams")
+def test_tensors_that_stay_in_place(deterministic: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CUDA graphs want it, without them."""
+    ended = []
+    for in_place in (False, True):
+        monkeypatch.setattr(workbench, "Swap", lambda *a, **_: Swap(*a, in_place=in_place))  # noqa: B023
+        with make("llama", overlap=True) as trainer:
+            torch.manual_seed(5)
+            run(trainer, [to_gpu(batch) for batch in MODELS["llama"][1](17)])
+            trainer.finish_round()
+            ended.append(result(trainer))
+    assert_same(*ended)
+
+
+@AS_FAR_AS_POSSIBLE
+@pytest.mark.usefixtures("late_streams")
 def test_a_checkpoint_of_overlapping_rounds_is_resumed(tmp_path: Path, deterministic: None) -> None:
     batches = on_gpu(data(18))
     with make("cnn", overlap=True) as whole:

@@ -139,15 +139,17 @@ def test_gathered_values_are_the_masters() -> None:
             assert torch.equal(tensor, full), name
 
 
-def test_fixed_plans_reuse_the_same_tensors_in_place() -> None:
-    with offloader(network()) as trainer:
-        addresses, optimizers = set(), set()
-        for _ in range(4):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_fixed_plans_reuse_the_same_tensors(overlap: bool) -> None:
+    """Where rounds overlap there are those of two subnets, which take turns."""
+    with offloader(network(), overlap=overlap) as trainer:
+        addresses, parameters = set(), set()
+        for _ in range(6):
             run(trainer, data(7))
             trainer.begin_round()
             addresses.add(tuple(p.data_ptr() for p in trainer.subnet.parameters()))
-            optimizers.add(id(trainer.optimizer))
-        assert len(addresses) == len(optimizers) == 1
+            parameters.add((id(trainer.optimizer), *map(id, trainer.subnet.parameters())))
+        assert len(addresses) == 1 + overlap and len(parameters) == 1
 
 
 def test_the_reference_leaves_no_trace() -> None:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from offload_trainer import Offloader, Structure, UserError, find_groups, snapshot
-from offload_trainer.device import memory
+from offload_trainer.device import memory, workbench
 from offload_trainer.device.elements import gather_into, patch
 from offload_trainer.device.movers import Plain
 from offload_trainer.device.pipeline import Pipeline, in_background
+from offload_trainer.device.swap import Swap
 from offload_trainer.device.transfer import Transfer
 from offload_trainer.groups import Groups, random_plan
 from offload_trainer.master import CheckpointStore, checkpoint, find_checkpoint
@@ -98,7 +99,7 @@ def races(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(chance.choice([0, 0, 0, 0, 0.004]))
         return result
 
-    for name in ("gather", "load", "unload", "merge"):
+    for name in ("gather", "arrived", "unload", "merge"):
         whole = getattr(Transfer, name)
         monkeypatch.setattr(Transfer, name, lambda *a, _whole=whole, **k: late(partial(_whole, **k), *a))
     whole_do = Pipeline.do
@@ -147,6 +148,25 @@ def test_overlapping_rounds_equal_others_bit_for_bit(kind: str, case: str) -> No
     assert_same(*ended)
     if case not in ("keep 1", "one group", "every step"):
         assert len(set(plans[0])) > 3  # rounds of different plans were compared
+
+
+@pytest.mark.usefixtures("races")
+@pytest.mark.parametrize("case", ["adamw", "narrow", "credit", "unpaired"])
+def test_the_trained_tensors_stay_where_cuda_graphs_read_them(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, places = [], []
+    for in_place in (False, True):
+        monkeypatch.setattr(workbench, "Swap", lambda *a, **_: Swap(*a, in_place=in_place))  # noqa: B023
+        with make("llama", overlap=True, **CASES[case]) as trainer:
+            torch.manual_seed(5)
+            places.append(set())
+            for batch in text(17):
+                run(trainer, [batch])
+                if not trainer.between_rounds:
+                    places[-1].add(next(trainer.subnet.parameters()).data_ptr())
+            trainer.finish_round()
+            ended.append(result(trainer))
+    assert [len(there) for there in places] == [2, 1]
+    assert_same(*ended)
 
 
 @pytest.mark.usefixtures("races")

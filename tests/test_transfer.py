@@ -36,6 +36,7 @@ def mesh(full: Tensor, index: Index) -> tuple[Tensor, ...]:
 @pytest.fixture(autouse=True, params=[1, 60, 2**21], ids=["a row a chunk", "a few rows a chunk", "one chunk"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(elements, "CHUNK", request.param)
+    monkeypatch.setattr(elements, "PATCH", request.param)
 
 
 @given(cases())
@@ -122,7 +123,7 @@ def test_entries_outside_survive_whatever_they_hold():
 
 @pytest.fixture
 def pinned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Staging as on a GPU, without one: what is registered and not yet let go."""
+    """Staging pinned as on a GPU, without one: what is registered and not yet let go."""
     held: list[int] = []
     monkeypatch.setattr(memory, "register", lambda tensor: held.append(tensor.data_ptr()))
     monkeypatch.setattr(memory, "unregister", lambda tensor: held.remove(tensor.data_ptr()))
@@ -145,8 +146,8 @@ def test_slabs_move_whole(pinned: list[int], units: set[int], heads: set[int], s
     generator = torch.Generator().manual_seed(0)
     master = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     before = {name: tensor.clone() for name, tensor in master.items()}
-    moves = Transfer(torch.device("cpu"))
-    moves._apart = moves._pin = staged
+    moves = Transfer(torch.device("cpu"), overlap=staged)
+    moves._pin = staged
     sliced = {name: plan.shape(name) for name in shapes}
     kinds: list[Layout] = [(torch.float32, torch.float32, sliced)]
     slab = Slab(sliced, torch.float32)
@@ -174,8 +175,8 @@ def test_slabs_move_whole(pinned: list[int], units: set[int], heads: set[int], s
 
 
 def test_staging_is_reused_while_shapes_stay_and_replaced_when_they_change(pinned: list[int]):
-    moves = Transfer(torch.device("cpu"))
-    moves._apart = moves._pin = True
+    moves = Transfer(torch.device("cpu"), overlap=True)
+    moves._pin = True
     groups = Groups((Group("u", 4, (Slot("a", 0),)),), {"a": torch.Size([4, 2])})
     for kept, rows in (([0, 1], 2), ([1, 3], 2), ([0, 1, 2], 3)):
         plan = Plan(groups, {"u": kept})

@@ -11,6 +11,9 @@ from torch import Tensor
 CHUNK = 2**21
 """Bytes of whole rows gathered at a time before their columns are taken."""
 
+PATCH = 2**25
+"""Bytes of a tensor that a device copies from at a time: it takes up to three times as much scratch."""
+
 Index = tuple[Tensor | None, ...]
 """Kept indices of every axis (None: all)."""
 Pair = tuple[Tensor, Tensor, Index]
@@ -107,28 +110,36 @@ def _patch_at_once(
 ) -> None:
     """In few kernels: a device has no use for rows that stay in a cache, and each launch costs it microseconds.
 
-    On one axis, without an index for every element; on several, with indices as large as what is copied.
+    Axis by axis: indices of two at once would be made as large as what is copied, four times its bytes.
     """
-    ours, theirs = ([axis for axis, kept in enumerate(index) if kept is not None] for index in (here, there))
-    if len(ours) == 1:
-        source = source.index_select(ours[0], here[ours[0]])  # type: ignore[arg-type]
-    elif ours:
-        source = source[_crossed(here, source)]
-    if len(theirs) == 1:
-        target.index_copy_(theirs[0], there[theirs[0]], source)  # type: ignore[arg-type]
-    elif theirs:
-        target[_crossed(there, target)] = source
-    else:
+    if not source.ndim:
         target.copy_(source)
+        return
+    rows = source.shape[0] if here[0] is None else len(here[0])
+    step = max(1, PATCH * source.shape[0] // max(1, source.nbytes))
+    for start in range(0, rows, step):
+        part = slice(start, min(rows, start + step))
+        shared = source[part] if here[0] is None else source.index_select(0, here[0][part])
+        for axis, kept in enumerate(here[1:], 1):
+            if kept is not None:
+                shared = shared.index_select(axis, kept)
+        columns = {axis: kept for axis, kept in enumerate(there[1:], 1) if kept is not None}
+        if there[0] is None:
+            _put(target[part], shared, columns)
+        else:
+            _put(target, shared, {0: there[0][part], **columns})
 
 
-def _crossed(index: Sequence[Tensor | None], tensor: Tensor) -> tuple[Tensor, ...]:
-    """Indices of every axis, in shapes that broadcast to the block where they cross."""
-    every = [
-        torch.arange(size, device=tensor.device) if kept is None else kept
-        for kept, size in zip(index, tensor.shape, strict=True)
-    ]
-    return torch.meshgrid(every, indexing="ij")
+def _put(target: Tensor, source: Tensor, index: Mapping[int, Tensor]) -> None:
+    if not index:
+        target.copy_(source)
+        return
+    (axis, kept), *rest = index.items()
+    if rest:
+        block = target.index_select(axis, kept)
+        _put(block, source, dict(rest))
+        source = block
+    target.index_copy_(axis, kept, source)
 
 
 def distance(new: Tensor, old: Tensor) -> float:

@@ -5,7 +5,6 @@ import gc
 import os
 import resource
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +120,6 @@ def load_libraries(device: torch.device) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             weight = torch.ones(16, 16, dtype=dtype, device=device, requires_grad=True)
             (weight @ weight).sum().backward()
-
-
-def mark(device: torch.device) -> Callable[[], None]:
-    """What waits, when called, until the device has done all that it was given before now; on a CPU for nothing."""
-    if device.type != "cuda":
-        return lambda: None
-    event = torch.cuda.Event(blocking=True)  # the host's cores may be busy with something better than asking
-    event.record(torch.cuda.current_stream(device))
-    return event.synchronize
 
 
 def synchronize(device: torch.device) -> None:

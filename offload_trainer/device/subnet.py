@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from offload_trainer.device.transfer import Layout, layouts
 from offload_trainer.errors import UserError
 from offload_trainer.groups.plan import Plan
-from offload_trainer.groups.slicing import rebuild
+from offload_trainer.groups.slicing import named_tensors, rebuild
 from offload_trainer.master.master import Master
 from offload_trainer.master.moments import OptimizerFactory, StateLayout, read_scalars, set_scalars
 from offload_trainer.master.slab import Slab
@@ -29,6 +29,13 @@ class Subnet:
         views = {name: view.data for slab in self.slabs for name, view in slab.items()}
         self.module: nn.Module = rebuild(master.model, views, plan, plan.groups).train()
 
+    def exchange(self, other: "Subnet") -> None:
+        """Each has the other's tensors from now on, and none is copied. The plans stay as they are."""
+        mine, its = named_tensors(self.module), named_tensors(other.module)
+        for name in mine:
+            mine[name].data, its[name].data = its[name].data, mine[name].data
+        self.slabs, other.slabs = other.slabs, self.slabs
+
     def fits(self, plan: Plan) -> bool:
         """Whether a plan has this subnet's shapes."""
         return all(len(plan[name]) == len(self.plan[name]) for name in plan)
@@ -41,7 +48,7 @@ class Subnet:
 class TrainedSubnet(Subnet):
     """The subnet that is trained: a `Subnet` with an optimizer, made once for all plans of its shapes.
 
-    carry: the optimizer's moments are those of `moment_slabs`; otherwise they start anew with every round. sampled: the
+    carry: the optimizer's moments are those of `slabs_of`; otherwise they start anew with every round. sampled: the
     tensors that some plan slices.
     """
 
@@ -71,21 +78,27 @@ class TrainedSubnet(Subnet):
         """Names of those that come and go with the weights."""
         return tuple(self._layout.moments) if self._carry else ()
 
-    def moment_kinds(self, moment: str) -> list[Layout]:
+    def kinds_of(self, what: str) -> list[Layout]:
+        """Of "weights" (with the buffers), or of a moment."""
+        if what == "weights":
+            return self.kinds
         entries = {name: (parameter.dtype, parameter.shape) for name, parameter in self.parameters.items()}
-        stored = {name: full.dtype for name, full in self._master.moments[moment].items()}
-        return layouts(self._layout.entries(moment, entries), stored)
+        stored = {name: full.dtype for name, full in self._master.moments[what].items()}
+        return layouts(self._layout.entries(what, entries), stored)
 
-    def moment_slabs(self, moment: str) -> list[Slab]:
-        if moment not in self._moments:
+    def slabs_of(self, what: str) -> list[Slab]:
+        """Likewise."""
+        if what == "weights":
+            return self.slabs
+        if what not in self._moments:
             # As they start, since a parameter that gets no gradient is written back as well.
-            self._moments[moment] = [
-                Slab(shapes, dtype, self._device, zeros=True) for dtype, _, shapes in self.moment_kinds(moment)
+            self._moments[what] = [
+                Slab(shapes, dtype, self._device, zeros=True) for dtype, _, shapes in self.kinds_of(what)
             ]
-            if start := self._layout.starts.get(moment):
-                for slab in self._moments[moment]:
+            if start := self._layout.starts.get(what):
+                for slab in self._moments[what]:
                     slab.flat.fill_(start)
-        return self._moments[moment]
+        return self._moments[what]
 
     def begin(self, clock: int) -> None:
         """Begin a round whose weights, and moments as the master has them, are in the slabs.
@@ -99,7 +112,7 @@ class TrainedSubnet(Subnet):
             return  # the first round
         views: dict[str, dict[str, Tensor]] = {}
         for moment in self.moments:
-            for slab in self.moment_slabs(moment):
+            for slab in self.slabs_of(moment):
                 for name in slab:
                     if self._mixed(name):
                         slab[name].mul_(self._layout.correction(moment, clock))
@@ -120,7 +133,7 @@ class TrainedSubnet(Subnet):
         states = {name: self.optimizer.state[p] for name, p in self.parameters.items() if self.optimizer.state[p]}
         self._master.scalars.update(read_scalars(states.items(), self._layout))
         for moment in self.moments:
-            for slab in self.moment_slabs(moment):
+            for slab in self.slabs_of(moment):
                 for name in slab.keys() & states.keys():
                     live: Tensor = states[name][moment]
                     if live.data_ptr() != slab[name].data_ptr():  # the optimizer's own, freed before the next

@@ -10,7 +10,7 @@ A write-back to a narrower master rounds at random (master/precision.py) and lea
 between rounds the device holds what the master holds.
 """
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -21,6 +21,7 @@ from offload_trainer.device import memory
 from offload_trainer.device.elements import norm
 from offload_trainer.device.movers import Mover, Plain
 from offload_trainer.device.pipeline import in_background
+from offload_trainer.device.streams import Lane, Mark
 from offload_trainer.groups.plan import Plan
 from offload_trainer.master.precision import Rounding
 from offload_trainer.master.slab import Part, Slab
@@ -71,6 +72,8 @@ class Unloading:
 
     parts: Iterator[Part]
     """Of staging, each once it has arrived: the host waits for it."""
+    left: Mapping[str, Mark]
+    """When a tensor's values have left the device."""
     errors: list[Tensor]
     """Norms of what rounding changed, on the device."""
 
@@ -88,8 +91,10 @@ class Transfer:
     def __init__(self, device: torch.device, *, overlap: bool = False, mover: Mover | None = None):
         self._mover = mover or Plain()
         self._device, self._pin = device, device.type == "cuda"
-        self._apart = overlap or device.type != "cpu"
+        self._overlap = overlap
         self._staging: dict[tuple, Slab] = {}
+        self._down = Lane(device)
+        self._held: list[tuple[Mark, Mark]] = []
         self.work = Work()
 
     @property
@@ -114,12 +119,6 @@ class Transfer:
             self.work.nbytes += part.nbytes
         self._took("gather", start)
 
-    def load(self, staged: Iterable[Slab], slabs: Iterable[Slab]) -> None:
-        """Device ← staging. The host waits here for the link."""
-        for source, target in zip(staged, slabs, strict=True):
-            self._send(source.flat, target.flat)
-        self._wait()
-
     def _send(self, here: Tensor, there: Tensor) -> None:
         """Device ← staging; may be under way still. On a CPU both may be the same."""
         start = perf_counter()
@@ -133,43 +132,68 @@ class Transfer:
     def _wait(self) -> None:
         """For what is under way."""
         start = perf_counter()
-        memory.mark(self._device)()
+        Mark(self._device).wait()
         self._took("link", start)
 
-    def arrived(self, staged: Slab, dtype: torch.dtype) -> Slab:
-        """Staging as a slab on the device, of the type computed in: a new one unless it is there already."""
-        if self._device.type == "cpu" and staged.flat.dtype == dtype:
+    def arrived(self, staged: Tensor, dtype: torch.dtype) -> Tensor:
+        """What a tensor of staging holds, on the device and in the type computed in: a new one unless it is that
+        already. May be under way still, on the current stream."""
+        if self._device.type == "cpu" and staged.dtype == dtype:
             return staged
-        new = Slab({name: view.shape for name, view in staged.items()}, dtype, self._device)
-        self.load([staged], [new])
+        new = torch.empty(staged.shape, dtype=dtype, device=self._device)
+        self._send(staged.view(-1), new.view(-1))
         return new
 
-    def unload(self, slabs: Iterable[Slab], staged: Iterable[Slab], rounding: Rounding) -> "Unloading":
-        """Staging ← device, rounded where the master is narrower, after the round's last kernels; under way still."""
-        start = perf_counter()
-        queued: list[tuple[Part, Callable[[], None]]] = []
+    def unload(self, slabs: Iterable[Slab], staged: Iterable[Slab], rounding: Rounding) -> Unloading:
+        """Staging ← device, rounded where the master is narrower, after the kernels queued so far; under way still.
+
+        What is rounded was so on the training stream, all else leaves on another: `left` says when it may change.
+        """
+        start, trained = perf_counter(), Mark(self._device)
+        queued: list[tuple[Part, Mark]] = []
         errors: list[Tensor] = []
         for source, target in zip(slabs, staged, strict=True):
             for part in target.parts(PART):
                 there, here = source.flat[part.place], part.flat
                 if here.dtype != there.dtype:
-                    for value, narrow in zip(there.split(LINK_CHUNK), here.split(LINK_CHUNK), strict=True):
-                        rounded = rounding.narrow(value, int(value.storage_offset()))
-                        errors.append(norm(value, rounded))
-                        value.copy_(rounded)
-                        narrow.copy_(rounded, non_blocking=True)
-                elif here.data_ptr() != there.data_ptr():
-                    here.copy_(there, non_blocking=True)
-                queued.append((part, memory.mark(self._device)))
+                    errors += self._narrow(there, here, rounding)
+                    queued.append((part, Mark(self._device)))
+                    continue
+                with self._down.after(trained):
+                    if here.data_ptr() != there.data_ptr():
+                        here.copy_(there, non_blocking=True)
+                    queued.append((part, Mark(self._device)))
         self._took("link", start)
-        return Unloading(self._arriving(queued), errors)
+        left = {name: mark for part, mark in queued for name in part.names}
+        return Unloading(self._arriving(queued), left, errors)
 
-    def _arriving(self, queued: Iterable[tuple[Part, Callable[[], None]]]) -> Iterator[Part]:
-        for part, wait in queued:
+    def _narrow(self, there: Tensor, here: Tensor, rounding: Rounding) -> Iterator[Tensor]:
+        """Staging ← device, which is left with what it was rounded to. Yields norms of what that changed."""
+        for value, narrow in zip(there.split(LINK_CHUNK), here.split(LINK_CHUNK), strict=True):
+            rounded = rounding.narrow(value, int(value.storage_offset()))
+            yield norm(value, rounded)
+            value.copy_(rounded)
+            narrow.copy_(rounded, non_blocking=True)
+
+    def _arriving(self, queued: Iterable[tuple[Part, Mark]]) -> Iterator[Part]:
+        for part, mark in queued:
             start = perf_counter()
-            wait()
+            mark.wait()
             self._took("link", start)
             yield part
+
+    def hold(self, mark: Mark) -> None:
+        """Training waits until then, the host does not; `told` adds how long to `work`."""
+        before = Mark(self._device, timed=True)
+        mark.hold()
+        self._held.append((before, Mark(self._device, timed=True)))
+
+    def told(self) -> None:
+        """Once the round's last kernels have been waited for."""
+        for before, after in self._held:
+            after.wait()
+            self.work.waited += after.seconds_since(before)
+        self._held.clear()
 
     def merge(self, staged: Iterable[Part], full: Mapping[str, Tensor], plan: Plan, *, delta: bool = False) -> float:
         """Master ← staging. With `delta`, returns Σ (new − old)²."""
@@ -189,8 +213,9 @@ class Transfer:
 
     def staging(self, kinds: Iterable[Layout], slabs: Iterable[Slab], use: str) -> list[Slab]:
         """Pinned slabs of these layouts, kept while shapes stay the same; a slab of `slabs` where it will do itself."""
+        same, use = self._device.type == "cpu" and not self._overlap, use if self._overlap else ""
         return [
-            slab if dtype == stored and not self._apart else self._staged(stored, shapes, use if self._apart else "")
+            slab if same and dtype == stored else self._staged(stored, shapes, use)
             for (dtype, stored, shapes), slab in zip(kinds, slabs, strict=True)
         ]
 

@@ -2,11 +2,10 @@
 
 Where rounds overlap, three plans are under way. The plan of the round is trained. The next round's lies on the device
 as well, weights only, and is the reference. The one after that is gathered on the host in the background, beside the
-next round's moments. What waits was gathered before the running round ended, so it lacks that round's changes, and no
-others: at the swap, entries shared with the plan trained last are copied over on the device.
+next round's moments (see swap.py for what happens between two rounds).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
@@ -16,16 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from offload_trainer.device import memory
-from offload_trainer.device.elements import on_device, patch
 from offload_trainer.device.movers import Mover
 from offload_trainer.device.pipeline import Pipeline, in_background
 from offload_trainer.device.processes import transfer_threads
+from offload_trainer.device.streams import Mark
 from offload_trainer.device.subnet import Subnet, TrainedSubnet
-from offload_trainer.device.transfer import Transfer, Work, limited
+from offload_trainer.device.swap import Swap
+from offload_trainer.device.transfer import Transfer, Unloading, Work, limited
 from offload_trainer.groups.plan import Plan
+from offload_trainer.master.interrupts import undivided
 from offload_trainer.master.master import Master
 from offload_trainer.master.moments import OptimizerFactory, StateLayout
-from offload_trainer.master.slab import Part, Slab
+from offload_trainer.master.slab import Slab
 
 Compile = bool | Literal["graphs"]
 
@@ -67,6 +68,9 @@ class Workbench:
             TrainedSubnet, device=device, factory=factory, layout=layout, carry=carry, sampled=sampled
         )
         self.transfer = Transfer(device, overlap=overlap, mover=mover)
+        self._swap = Swap(self.transfer, device, in_place=compile == "graphs")
+        self._left: dict[str, Mapping[str, Mark]] = {}
+        """When the values of the round that ended last have left the device: "weights" and moments, by tensor."""
         self.pipeline = Pipeline(overlap=overlap, threads=transfer_threads(device, overlap=overlap))
         self._subnet: TrainedSubnet | None = None
         self._reference: Subnet | None = None
@@ -79,7 +83,7 @@ class Workbench:
         self.trained = ""
         """Digest of the plan trained last: a plan that is trained twice running keeps its clock."""
         self._squared = 0.0
-        """Σ (new − old)² of the weights that the write-back under way has merged."""
+        """Σ (new − old)² of the weights that were merged last."""
         self.written = Written()
         """The last write-back that came to its end."""
         self.broken = False
@@ -98,16 +102,21 @@ class Workbench:
         following: plans of the next rounds, as far as they are known; steps: that the run has taken so far.
         """
         same, fits = plan.digest == self.trained, self._subnet is not None and self._subnet.fits(plan)
-        self.trained = plan.digest
+        self.trained = ""  # until it is there
         if not same:
             self.clock = min(steps, self._layout.horizon)
-        swapped = fits and bool(self._gathered) and self._gathered[0] == plan
-        if swapped:
-            self._swap(*self._gathered)
-        elif not (fits and same):
-            self._take(plan, fits)
+        gathered, swapped = self._gathered, fits and bool(self._gathered) and self._gathered[0] == plan
         self._gathered = ()
-        self.subnet.begin(self.clock)
+        if swapped:
+            assert self._reference is not None and self._reference.plan == plan
+            with undivided():
+                self._swap.do(self.subnet, self._reference, gathered[1], self._ahead(), self._left, self.clock)
+        else:
+            self._rest()
+            if not (fits and same):
+                self._take(plan, fits)
+            self.subnet.begin(self.clock)
+        self.trained = plan.digest
         ahead = self._overlap and len(following) == 2 and all(map(self.subnet.fits, following))
         wanted = following[0] if ahead else reference
         if wanted is None or not (swapped and self._reference is not None and self._reference.plan == wanted):
@@ -127,23 +136,27 @@ class Workbench:
         subnet, rounding = self.subnet, self._master.precision.rounding
         subnet.end()
         self.clock += steps
-        self._squared = 0.0
-        staged = self.transfer.staging(subnet.kinds, subnet.slabs, "weights")
-        unloading = self.transfer.unload(subnet.slabs, staged, rounding(round, "weights"))
-        for part in unloading.parts:
-            self.pipeline.do(partial(self._merge_weights, part, subnet.plan))
-        for moment in subnet.moments:
-            slabs = subnet.moment_slabs(moment)
-            staged = self.transfer.staging(subnet.moment_kinds(moment), slabs, moment)
-            for part in self.transfer.unload(slabs, staged, rounding(round, moment)).parts:
-                self.pipeline.do(partial(self._merge_moments, part, moment, subnet.plan))
-        self.pipeline.do(partial(self._ended, unloading.excess()))
+        self.transfer.told()
+        for what in ("weights", *subnet.moments):
+            slabs, kinds = subnet.slabs_of(what), subnet.kinds_of(what)
+            staged = self.transfer.staging(kinds, slabs, what)
+            leaving = self.transfer.unload(slabs, staged, rounding(round, what))
+            self._left[what] = leaving.left
+            self.pipeline.do(partial(self._merge, what, leaving, subnet.plan))
+        self.pipeline.do(self._ended)
         return before if self._overlap else self.written
+
+    def step(self) -> None:
+        """An optimizer step of the subnet, for which its moments must have arrived."""
+        self._swap.hold("moments")
+        self.subnet.optimizer.step()
+        self.subnet.optimizer.zero_grad()
 
     @torch.no_grad()
     def reference_loss(self, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
         """L(m′), leaving no trace: its BatchNorm statistics stay, dropout draws what the subnet will draw."""
         assert self._reference is not None
+        self._swap.hold("weights")
         module, before = self._reference.module, memory.random_state(self._device)
         statistics = [buffer.clone() for buffer in module.buffers()]
         try:
@@ -156,6 +169,7 @@ class Workbench:
     def drop_reference(self) -> None:
         """Free it for the rest of the round, unless it is trained next."""
         if not self._gathered:
+            self._rest()
             self._reference = None
 
     def wait(self) -> None:
@@ -183,10 +197,18 @@ class Workbench:
                 self.forward = torch.compile(self._subnet.module, mode=mode)
         self._load(self.subnet, plan)
         for moment in self.subnet.moments if self._master.scalars else ():
-            kinds, slabs = self.subnet.moment_kinds(moment), self.subnet.moment_slabs(moment)
+            kinds, slabs = self.subnet.kinds_of(moment), self.subnet.slabs_of(moment)
             self.transfer.fetch(self._master.moments[moment], kinds, slabs, plan, moment)
 
+    def _rest(self) -> None:
+        """Training waits until nothing crosses the link; the host does not. Before memory there is used for more."""
+        self._swap.hold("weights", "moments")
+        for mark in {mark for left in self._left.values() for mark in left.values()}:
+            mark.hold()
+        self._left = {}
+
     def _take_reference(self, plan: Plan | None) -> None:
+        self._rest()
         if plan is None:
             self._reference = None
             return
@@ -200,69 +222,44 @@ class Workbench:
         self.transfer.fetch(self._master.tensors, subnet.kinds, subnet.slabs, plan, "weights")
         subnet.plan = plan
 
-    def _ahead(self) -> tuple[list[Slab], dict[str, list[Slab]]]:
+    def _ahead(self) -> dict[str, list[Slab]]:
         """Staging of what is gathered ahead: weights, and moments by name, of tensors that some plan slices.
 
         Those of the others are all trained in every round, so what waits for them is on the device.
         """
-        subnet, staging = self.subnet, self.transfer.staging_ahead
-        moments = {m: staging(limited(subnet.moment_kinds(m), self._sampled), m) for m in subnet.moments}
-        return staging(limited(subnet.kinds, self._sampled), "weights"), moments
+        staging, kinds = self.transfer.staging_ahead, self.subnet.kinds_of
+        return {what: staging(limited(kinds(what), self._sampled), what) for what in ("weights", *self.subnet.moments)}
 
     def _gather_ahead(self, following: Plan, later: Plan) -> None:
         """Moments of the next round's plan and weights of the one after. In the background, as is finding out what they
         share with the plan that is being trained."""
-        weights, moments = self._ahead()
-        for moment, staged in moments.items():
-            self.transfer.gather(self._master.moments[moment], map(Slab.whole, staged), following)
-        self.transfer.gather(self._master.tensors, map(Slab.whole, weights), later)
+        self._swap.wait()
+        weights, *moments = self._ahead().items()
+        for what, staged in (*moments, weights):
+            full = self._master.tensors if what == "weights" else self._master.moments[what]
+            self.transfer.gather(full, map(Slab.whole, staged), later if what == "weights" else following)
         for plan in (following, later):
             for name in self._sampled:
                 _ = self.subnet.plan.shared(plan, name)
 
-    def _swap(self, plan: Plan, later: Plan) -> None:
-        """The reference's values become the trained subnet's, what was gathered becomes the reference's."""
-        subnet, reference, before = self.subnet, self._reference, self.subnet.plan
-        assert reference is not None and reference.plan == plan
-        names = [name for slab in subnet.slabs for name in slab]
-        of_plan, of_later = (
-            on_device({name: before.shared(other, name) for name in names}, self._device) for other in (plan, later)
-        )
-        weights, moments = self._ahead()
-        for moment, staged in moments.items():
-            for waiting, slab in zip(staged, subnet.moment_slabs(moment), strict=True):
-                arrived = self.transfer.arrived(waiting, slab.flat.dtype)
-                for name in arrived:
-                    patch(arrived[name], slab[name], of_plan[name])
-                    slab[name].copy_(arrived[name])
-        for waiting, slab, beside in zip(weights, subnet.slabs, reference.slabs, strict=True):
-            arrived = self.transfer.arrived(waiting, slab.flat.dtype)
-            for name in slab:
-                patch(beside[name], slab[name], of_plan[name])
-            for name in arrived:
-                patch(arrived[name], slab[name], of_later[name])
-            slab.flat.copy_(beside.flat)
-            for name in arrived:
-                beside[name].copy_(arrived[name])
-        subnet.plan, reference.plan = plan, later
+    def _merge(self, what: str, leaving: Unloading, plan: Plan) -> None:
+        if what == "weights":
+            self.broken = True
+            squared = self.transfer.merge(leaving.parts, self._master.tensors, plan, delta=True)
+            # Of rounded values: an unbiased estimate, less what rounding adds to it in expectation.
+            self._squared = max(0.0, squared - leaving.excess())
+        else:
+            self.transfer.merge(leaving.parts, self._master.moments[what], plan)
 
-    def _merge_weights(self, part: Part, plan: Plan) -> None:
-        self.broken = True
-        self._squared += self.transfer.merge([part], self._master.tensors, plan, delta=True)
-
-    def _merge_moments(self, part: Part, moment: str, plan: Plan) -> None:
-        self.transfer.merge([part], self._master.moments[moment], plan)
-
-    def _ended(self, excess: float) -> None:
-        # Of rounded values: an unbiased estimate, less what rounding adds to it in expectation.
-        delta_norm = max(0.0, self._squared - excess) ** 0.5
-        self.written, self.broken = Written(delta_norm, replace(self.transfer.work)), False
+    def _ended(self) -> None:
+        self.written, self.broken = Written(self._squared**0.5, replace(self.transfer.work)), False
 
     def clear(self) -> None:
         """Forget what is on the device."""
         self.pipeline.drain()
+        memory.synchronize(self._device)  # what crosses the link may be on its way
         self._subnet = self._reference = self.forward = None
-        self._gathered = ()
+        self._gathered, self._left = (), {}
 
     def close(self) -> None:
         self.pipeline.close()

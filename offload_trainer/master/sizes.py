@@ -5,6 +5,7 @@ from itertools import chain
 
 from torch import nn
 
+from offload_trainer.device.elements import PATCH
 from offload_trainer.device.transfer import LINK_CHUNK, Layout, layouts, limited
 from offload_trainer.groups.plan import Plan
 from offload_trainer.groups.slicing import named_tensors
@@ -93,13 +94,16 @@ class Sizes:
         return sum(held.values())
 
     def arriving(self, *, on_host: bool) -> int:
-        """On the device during a swap: the largest slab of what was gathered ahead; on the host where types differ."""
+        """On the device during a swap: the largest tensor of what was gathered ahead, on the host where types differ;
+        and on a device scratch of the copies of what it shares with the subnet."""
         coming = [
-            slab_bytes(shapes, dtype)
+            shape.numel() * dtype.itemsize
             for dtype, stored, shapes in limited(chain(*self._kinds), self._sampled)
+            for shape in shapes.values()
             if not on_host or dtype != stored
         ]
-        return max(coming, default=0)
+        largest = max(coming, default=0)
+        return largest if on_host else largest + 3 * min(PATCH, largest)
 
     @property
     def merging(self) -> int:

@@ -1,0 +1,50 @@
+"""What a GPU does beside training, on streams of their own. A CPU does at once what it is given."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+class Mark:
+    """A place in the work that the device's current stream has been given so far. timed: it can tell the time."""
+
+    def __init__(self, device: torch.device, *, timed: bool = False):
+        self._device, self._event = device, None
+        if device.type == "cuda":
+            # The host's cores have something better to do than to ask the device whether it is done.
+            self._event = torch.cuda.Event(blocking=True, enable_timing=timed)
+            self._event.record(torch.cuda.current_stream(device))
+
+    def hold(self) -> None:
+        """What the current stream is given from now on waits until then. The host does not."""
+        if self._event is not None:
+            self._event.wait(torch.cuda.current_stream(self._device))
+
+    def wait(self) -> None:
+        """The host waits until then."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_since(self, before: "Mark") -> float:
+        """Between two timed marks that the host has waited for; 0 on a CPU."""
+        if self._event is None or before._event is None:
+            return 0.0
+        return before._event.elapsed_time(self._event) / 1e3
+
+
+class Lane:
+    """A stream beside the one that trains."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def open(self) -> AbstractContextManager[object]:
+        """Within it the device is given work on this stream."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def after(self, mark: Mark) -> AbstractContextManager[object]:
+        """The same, for work that waits for `mark`."""
+        with self.open():
+            mark.hold()
+        return self.open()

@@ -1,0 +1,104 @@
+"""Where two rounds meet: the subnet that waited is trained, and the one trained last makes room for the next to wait.
+
+What waits was gathered before the running round ended, so it lacks that round's changes, and no others: entries shared
+with the plan trained last are copied over on the device. What comes over the link then goes on beside training: each
+tensor is replaced once its old values have left, and training waits for the weights of the next reference where that
+is evaluated, for the moments at the first optimizer step.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from offload_trainer.device.elements import Index, on_device, patch
+from offload_trainer.device.streams import Lane, Mark
+from offload_trainer.device.subnet import Subnet, TrainedSubnet
+from offload_trainer.device.transfer import Transfer
+from offload_trainer.groups.plan import Plan
+from offload_trainer.master.slab import Slab
+
+Staged = Mapping[str, Sequence[Slab]]
+"""Slabs of what was gathered ahead: "weights" of the next round's reference, moments of its plan."""
+Left = Mapping[str, Mapping[str, Mark]]
+"""When the old values of each tensor have left the device, likewise."""
+Places = Mapping[str, tuple[Index, Index]]
+
+
+class Swap:
+    """Of the subnets on one device.
+
+    in_place: the trained subnet's tensors stay where they are, since CUDA graphs read them there; otherwise they change
+        places with the reference's.
+    """
+
+    def __init__(self, transfer: Transfer, device: torch.device, *, in_place: bool):
+        self._transfer, self._device, self._in_place = transfer, device, in_place
+        self._lane = Lane(device)
+        self._coming: dict[str, Mark] = {}
+        """What training has not waited for yet: when it will be there."""
+        self._last: tuple[Mark, Mark] | None = None
+        """Begin and end of what came over the link last."""
+        self._places: tuple[Places, Places] | None = None  # kept until all that reads them is done
+
+    def do(self, subnet: TrainedSubnet, reference: Subnet, later: Plan, staged: Staged, left: Left, clock: int) -> None:
+        """Begin the round of the reference's plan, and have that of `later` wait. The host waits for nothing.
+
+        clock: see `TrainedSubnet.begin`.
+        """
+        self.hold("weights", "moments")
+        before, plan = subnet.plan, reference.plan
+        names = [name for slab in subnet.slabs for name in slab]
+        of_plan, of_later = (
+            on_device({name: before.shared(other, name) for name in names}, self._device) for other in (plan, later)
+        )
+        self._places = of_plan, of_later
+        slabs = list(zip(staged["weights"], subnet.slabs, reference.slabs, strict=True))
+        for _, slab, beside in slabs:
+            for name in slab:
+                patch(beside[name], slab[name], of_plan[name])
+        if not self._in_place:
+            subnet.exchange(reference)
+        with self._lane.after(Mark(self._device)):
+            begin = Mark(self._device, timed=True)
+            for waiting, slab, beside in slabs:
+                for name, arrived in self._arriving(waiting, slab, of_later, left["weights"]):
+                    if self._in_place:
+                        slab[name].copy_(beside[name])
+                    (beside if self._in_place else slab)[name].copy_(arrived)
+            self._coming["weights"] = Mark(self._device)
+            for moment in subnet.moments:
+                for waiting, slab in zip(staged[moment], subnet.slabs_of(moment), strict=True):
+                    for name, arrived in self._arriving(waiting, slab, of_plan, left[moment]):
+                        slab[name].copy_(arrived)
+            subnet.begin(clock)
+            self._coming["moments"] = Mark(self._device, timed=True)
+        self._last = begin, self._coming["moments"]
+        subnet.plan, reference.plan = plan, later
+        if self._in_place:
+            self.hold("weights")
+
+    def _arriving(
+        self, waiting: Slab, old: Slab, places: Places, left: Mapping[str, Mark]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """New values of each tensor, once the old ones may be overwritten."""
+        for name in waiting:
+            arrived = self._transfer.arrived(waiting[name], old.flat.dtype)
+            patch(arrived, old[name], places[name])
+            left[name].hold()
+            yield name, arrived
+
+    def hold(self, *what: str) -> None:
+        """Training waits for "weights" or "moments" that are under way. The host does not."""
+        for one in what:
+            mark = self._coming.pop(one, None)
+            if mark is not None:
+                self._transfer.hold(mark)
+
+    def wait(self) -> None:
+        """The host waits until staging may be written again."""
+        if self._last is not None:
+            begin, end = self._last
+            end.wait()
+            self._transfer.work.link += end.seconds_since(begin)
+            self._last = None
