@@ -21,15 +21,16 @@ class Entry:
     """Trained in it."""
     reference: Plan | None = None
     """Compared with it on the paired batches; None: s does not learn from this round."""
-    following: tuple[Plan, ...] = ()
-    """Of the next rounds, as far as they are known."""
+    following: Plan | None = None
+    """Of the next round, if it is known."""
 
 
 class Agenda:
     """Plans of the rounds, in order. All follows from the structure, whose state is all there is to a resume.
 
-    reference: "next" compares a plan with the one that is trained after it, so plans are drawn two rounds ahead, and
-        with the s of then; "fresh" with one that is drawn for this alone. Raises `UserError` for any other.
+    reference: "next" compares a plan with the one that is trained after it, so plans are drawn two rounds ahead (by
+        `look_ahead`, while a round trains), and with the s of then; "fresh" with one that is drawn for this alone.
+        Raises `UserError` for any other.
     """
 
     def __init__(self, groups: Groups, structure: Structure, reference: Reference):
@@ -41,10 +42,12 @@ class Agenda:
         self.starts_from_top = False
         """s started from importance, so the first plan is known."""
         self._known: tuple[Plan, ...] = ()
+        self._follows = False
 
     def begin(self, step: int, rounds: int) -> Entry:
         """The round after `rounds` others, at optimizer step `step`: masks are drawn as far as they are needed."""
         self._structure.set_step(step)
+        self._follows = False
         if self.settled or not self._structure.names:
             return Entry(self.top())
         first = self.starts_from_top and not rounds
@@ -54,8 +57,17 @@ class Agenda:
                 return Entry(self.top())
             plan, other = self._plans(self._structure.pair())
             return Entry(plan, other if compared else None)
-        plan, after, later = self._plans(self._structure.follow())
-        return Entry(self.top() if first else plan, after if compared else None, (after, later))
+        plan, following = self._plans(self._structure.follow())
+        self._follows = True
+        return Entry(self.top() if first else plan, following if compared else None, following)
+
+    def look_ahead(self) -> Plan | None:
+        """The plan after that of the next round, if that is known. Once a round."""
+        if not self._follows:
+            return None
+        self._follows = False
+        (later,) = self._plans([self._structure.look_ahead()], known=self._known)
+        return later
 
     def end(
         self, plan: Plan, steps: int, now: int, difference: float | None, credit: Mapping[str, Tensor] | None
@@ -71,9 +83,12 @@ class Agenda:
         (plan,) = self._plans([self._structure.top()])
         return plan
 
-    def _plans(self, masks: Sequence[Mapping[str, Tensor]]) -> list[Plan]:
-        """Those known from earlier rounds are the same objects, with all the indices they have worked out."""
+    def _plans(self, masks: Sequence[Mapping[str, Tensor]], known: tuple[Plan, ...] = ()) -> list[Plan]:
+        """Those known from earlier rounds are the same objects, with all the indices they have worked out.
+
+        known: beside these.
+        """
         plans = [Plan(self._groups, kept) for kept in masks]
-        plans = [next((known for known in self._known if known == plan), plan) for plan in plans]
-        self._known = tuple(plans)
+        plans = [next((one for one in self._known if one == plan), plan) for plan in plans]
+        self._known = (*known, *plans)
         return plans

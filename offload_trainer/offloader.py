@@ -71,8 +71,7 @@ class Offloader:
         self.accelerator = accelerator or Accelerator()
         require_supported(self.accelerator)
         require_arguments(sync_every, state, clip_norm, compile, fits=structure.constant_widths or not compile)
-        self.device = self.accelerator.device
-        self.groups, self.structure, self.loss_fn = groups, structure, loss_fn
+        self.groups, self.structure, self.loss_fn, self.device = groups, structure, loss_fn, self.accelerator.device
         self.sync_every, self.clip_norm, self.precision = sync_every, clip_norm, precision
         require_of(model, groups)
         layout = probe_optimizer(optimizer, trained_dtype(model), self.device, carry=state == "carry")
@@ -118,8 +117,9 @@ class Offloader:
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(subnet.parameters.values()), self.clip_norm)
         self._bench.step()
-        self.steps += 1
-        running.steps += 1
+        self.steps, running.steps = self.steps + 1, running.steps + 1
+        if running.steps == 1:  # what this round trains is under way
+            self._bench.look_ahead(self.agenda.look_ahead())
         if running.steps >= self.sync_every:
             self._end_round(running)
         elif running.steps == self.structure.paired_batches and not self.structure.constant_widths:
@@ -275,25 +275,26 @@ class Offloader:
         return self._round
 
     def _end_round(self, running: Round) -> None:
-        difference = running.difference(self.accelerator)  # the host waits here for the round's last kernels
-        losses, credit = running.mean_losses(self.accelerator), self._crediting.take(self._bench.subnet.plan)
-        try:
-            signals = (difference, *(credit or {}).values())
-            running.require_finite(losses, self._bench.subnet.is_finite(), signals, self.steps, self.rounds)
-        except UserError:
-            self.load_boundary(self.boundary())  # as if the round had never begun
-            raise
         with self.spent.on("writeback"):
             self._bench.wait()  # for the round before, a checkpoint of it, and what was gathered meanwhile
         self.boundary()
         with undivided():  # an interrupt waits: half a write-back would be no state at all
+            plan, subnet = self._bench.subnet.plan, self._bench.subnet
+            subnet.optimizer.zero_grad()  # of a batch that was never followed by a step
+            finite = subnet.is_finite()
+            with self.spent.on("writeback"):
+                ranks.average_buffers(self.accelerator, subnet.module)
+                self._bench.leave(running.steps, self.rounds, self.steps)
+            try:
+                credit = self._crediting.take(plan)  # the host waits here for the round's last kernels
+                difference = running.outcome(self.accelerator, finite, credit, self.steps, self.rounds)
+            except UserError:
+                self.load_boundary(self.boundary())  # as if the round had never begun
+                raise
             self._boundary = None
             with self.spent.on("writeback"):
-                ranks.average_buffers(self.accelerator, self._bench.subnet.module)
-                written = self._bench.end(running.steps, self.rounds)
+                written = self._bench.end(plan)
             self.report = self.transfers.report(written.work, written.delta_norm, difference)
-            self.agenda.end(self._bench.subnet.plan, running.steps, self.steps, difference, credit)
-            self._bench.subnet.optimizer.zero_grad()  # of a batch that was never followed by a step
-            self.rounds += 1
-            self._round = None
+            self.agenda.end(plan, running.steps, self.steps, difference, credit)
+            self.rounds, self._round = self.rounds + 1, None
             self._boundary = self._make_boundary()

@@ -1,7 +1,7 @@
 """What a round cost and did, and where a run's time went."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral
@@ -59,28 +59,24 @@ class Round:
             raise UserError(f"loss_fn(module, batch) must return a scalar tensor; it returned {what}")
         self.losses.append(loss.detach().clone())  # a CUDA graph overwrites it in the next step
 
-    def difference(self, accelerator: Accelerator) -> float | None:
-        """d: mean over the paired batches and the ranks; None if there were none."""
-        return ranks.mean(accelerator, torch.stack(self.differences).mean()) if self.differences else None
+    def outcome(
+        self, accelerator: Accelerator, weights: Tensor, credit: Mapping[str, Tensor] | None, steps: int, rounds: int
+    ) -> float | None:
+        """d: mean over the paired batches and the ranks of L(m) − L(m′); None if there were none. The host waits for
+        the device here.
 
-    def mean_losses(self, accelerator: Accelerator) -> Tensor:
-        """(losses so far,), each the mean over the ranks."""
+        Raises `UserError`, naming the step, unless the losses (means over the ranks), the weights and what s learns
+        from are finite. weights: whether those are. steps: of the run so far, this round's included. rounds: finished
+        before it.
+        """
+        difference = ranks.mean(accelerator, torch.stack(self.differences).mean()) if self.differences else None
         losses = torch.stack(self.losses)
         ranks.average_(accelerator, [losses])
-        return losses
-
-    def require_finite(
-        self, losses: Tensor, weights: bool, signals: Iterable[float | Tensor | None], steps: int, rounds: int
-    ) -> None:
-        """Raise `UserError`, naming the step, unless the losses (means over the ranks) and the weights are finite, and
-        what s learns from: the signals.
-
-        steps: optimizer steps of the run so far, this round's included. rounds: finished before it.
-        """
+        signals = (*(credit or {}).values(), *(() if difference is None else (torch.tensor(difference),)))
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
-        wrong = any(signal is not None and not bool(torch.as_tensor(signal).isfinite().all()) for signal in signals)
-        if not bad and weights and not wrong:
-            return
+        wrong = not all(bool(signal.isfinite().all()) for signal in signals)
+        if not bad and bool(weights) and not wrong:
+            return difference
         within = bad[0] * self.steps // len(losses) + 1 if bad else self.steps
         what = (
             "what s learns from, a loss of the reference or a gradient, is not finite"

@@ -86,9 +86,9 @@ def test_an_interrupt_within_a_write_back_waits(tmp_path: Path, monkeypatch: pyt
     with offloader(network(), sync_every=5) as trainer:
         end = trainer._bench.end
 
-        def interrupted(steps: int, round: int) -> object:
+        def interrupted(plan: object) -> object:
             signal.raise_signal(signal.SIGINT)
-            return end(steps, round)
+            return end(plan)
 
         monkeypatch.setattr(trainer._bench, "end", interrupted)
         with pytest.raises(KeyboardInterrupt):

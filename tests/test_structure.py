@@ -141,7 +141,7 @@ def test_masks_follow_one_another():
     structure, drawn = Structure(GROUPS, lr=0.05), []
     for r in range(6):
         at = structure.flat.clone()
-        m, m2, later = structure.follow()
+        (m, m2), later = structure.follow(), structure.look_ahead()
         drawn += [(m, at), (m2, at), (later, at)] if r == 0 else [(later, at)]
         for i, kept in enumerate((m, m2, later)):
             assert_same([*drawn[r + i][0].values()], [*kept.values()])
@@ -199,7 +199,8 @@ def test_masks_that_follow_are_twins_two_by_two():
     """Every second pair is of twins, drawn from one s; the pairs between are independent, as with rloo."""
     structure, seen = Structure(GROUPS, 0.5, estimator="disarm", lr=0.05), []
     for r in range(6):
-        masks, state = structure.follow(), structure.state_dict()
+        masks = *structure.follow(), structure.look_ahead()
+        state = structure.state_dict()
         seen.append(bool(state["drawn.twin"][1]))
         if seen[-1]:
             assert torch.equal(state["drawn.from"][0], state["drawn.from"][1])

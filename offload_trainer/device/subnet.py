@@ -143,11 +143,11 @@ class TrainedSubnet(Subnet):
                         step = self._master.scalars[name].get("step", 0.0)
                         slab[name].div_(self._layout.correction(moment, step))
 
-    def is_finite(self) -> bool:
-        """Whether every parameter and every moment is finite. The host waits for the device here."""
+    def is_finite(self) -> Tensor:  # (), bool, on the device
+        """Whether every parameter and every moment is finite."""
         states = [value for state in self.optimizer.state.values() for value in state.values()]
         moments = [value for value in states if isinstance(value, Tensor) and value.ndim]
-        return bool(torch.stack([tensor.isfinite().all() for tensor in [*self.parameters.values(), *moments]]).all())
+        return torch.stack([tensor.isfinite().all() for tensor in [*self.parameters.values(), *moments]]).all()
 
     def _mixed(self, name: str) -> bool:
         """Whether the parameter's entries may have been trained for different numbers of steps."""

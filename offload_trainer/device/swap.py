@@ -6,7 +6,7 @@ tensor is replaced once its old values have left, and training waits for the wei
 is evaluated, for the moments at the first optimizer step.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ Left = Mapping[str, Mapping[str, Mark]]
 Places = Mapping[str, tuple[Index, Index]]
 
 
+_NONE: tuple[Places, Places] = ({}, {})
+
+
 class Swap:
     """Of the subnets on one device.
 
@@ -39,7 +42,24 @@ class Swap:
         """What training has not waited for yet: when it will be there."""
         self._last: tuple[Mark, Mark] | None = None
         """Begin and end of what came over the link last."""
-        self._places: tuple[Places, Places] | None = None  # kept until all that reads them is done
+        self._next = self._places = _NONE
+        """Where the plan trained last shares entries with the two that wait; kept until all that reads them is done."""
+
+    def prepare(self, before: Plan, plan: Plan, later: Plan, names: Iterable[str]) -> None:
+        """For the swap after the round of `before`: find out what it shares with the plans that wait.
+
+        In the background; from then on staging may be written again.
+        """
+        if self._last is not None:
+            begin, end = self._last
+            end.wait()
+            self._transfer.work.link += end.seconds_since(begin)
+            self._last = None
+        with self._lane.open():  # a copy on the training stream would wait for the steps that are queued there
+            of_plan, of_later = (
+                on_device({name: before.shared(other, name) for name in names}, self._device) for other in (plan, later)
+            )
+        self._next = of_plan, of_later
 
     def do(self, subnet: TrainedSubnet, reference: Subnet, later: Plan, staged: Staged, left: Left, clock: int) -> None:
         """Begin the round of the reference's plan, and have that of `later` wait. The host waits for nothing.
@@ -47,12 +67,7 @@ class Swap:
         clock: see `TrainedSubnet.begin`.
         """
         self.hold("weights", "moments")
-        before, plan = subnet.plan, reference.plan
-        names = [name for slab in subnet.slabs for name in slab]
-        of_plan, of_later = (
-            on_device({name: before.shared(other, name) for name in names}, self._device) for other in (plan, later)
-        )
-        self._places = of_plan, of_later
+        of_plan, of_later = self._places = self._next
         slabs = list(zip(staged["weights"], subnet.slabs, reference.slabs, strict=True))
         for _, slab, beside in slabs:
             for name in slab:
@@ -74,7 +89,7 @@ class Swap:
             subnet.begin(clock)
             self._coming["moments"] = Mark(self._device, timed=True)
         self._last = begin, self._coming["moments"]
-        subnet.plan, reference.plan = plan, later
+        subnet.plan, reference.plan = reference.plan, later
         if self._in_place:
             self.hold("weights")
 
@@ -94,11 +109,3 @@ class Swap:
             mark = self._coming.pop(one, None)
             if mark is not None:
                 self._transfer.hold(mark)
-
-    def wait(self) -> None:
-        """The host waits until staging may be written again."""
-        if self._last is not None:
-            begin, end = self._last
-            end.wait()
-            self._transfer.work.link += end.seconds_since(begin)
-            self._last = None

@@ -11,6 +11,7 @@ between rounds the device holds what the master holds.
 """
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -26,8 +27,9 @@ from offload_trainer.groups.plan import Plan
 from offload_trainer.master.precision import Rounding
 from offload_trainer.master.slab import Part, Slab
 
-PART = 2**25
-"""Bytes of a slab that cross the link at once, while the host moves others: a millisecond, or less."""
+PART = 2**27
+"""Bytes of a slab that cross the link at once, while the host moves others: some milliseconds, to which the start of
+the threads that move them adds one."""
 LINK_CHUNK = 2**21
 """Elements whose type changes at a time: up to 20 bytes of scratch each, on the device."""
 
@@ -153,14 +155,13 @@ class Transfer:
         queued: list[tuple[Part, Mark]] = []
         errors: list[Tensor] = []
         for source, target in zip(slabs, staged, strict=True):
-            for part in target.parts(PART):
-                there, here = source.flat[part.place], part.flat
-                if here.dtype != there.dtype:
-                    errors += self._narrow(there, here, rounding)
-                    queued.append((part, Mark(self._device)))
-                    continue
-                with self._down.after(trained):
-                    if here.data_ptr() != there.data_ptr():
+            narrow = source.flat.dtype != target.flat.dtype
+            with nullcontext() if narrow else self._down.after(trained):
+                for part in target.parts(PART):
+                    there, here = source.flat[part.place], part.flat
+                    if narrow:
+                        errors += self._narrow(there, here, rounding)
+                    elif here.data_ptr() != there.data_ptr():
                         here.copy_(there, non_blocking=True)
                     queued.append((part, Mark(self._device)))
         self._took("link", start)

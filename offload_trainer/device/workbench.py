@@ -5,7 +5,7 @@ as well, weights only, and is the reference. The one after that is gathered on t
 next round's moments (see swap.py for what happens between two rounds).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
@@ -23,7 +23,6 @@ from offload_trainer.device.subnet import Subnet, TrainedSubnet
 from offload_trainer.device.swap import Swap
 from offload_trainer.device.transfer import Transfer, Unloading, Work, limited
 from offload_trainer.groups.plan import Plan
-from offload_trainer.master.interrupts import undivided
 from offload_trainer.master.master import Master
 from offload_trainer.master.moments import OptimizerFactory, StateLayout
 from offload_trainer.master.slab import Slab
@@ -74,8 +73,13 @@ class Workbench:
         self.pipeline = Pipeline(overlap=overlap, threads=transfer_threads(device, overlap=overlap))
         self._subnet: TrainedSubnet | None = None
         self._reference: Subnet | None = None
+        self._waiting: Plan | None = None
+        """Plan of the next round, whose weights are the reference's."""
         self._gathered: tuple[Plan, ...] = ()
         """Plans of the next two rounds for which staging holds what `_gather_ahead` says; or none."""
+        self._ready: tuple[Plan, ...] = ()
+        """Between two rounds: plans of which subnet and reference hold what the master holds, as far as they do."""
+        self._leaving: Iterable[tuple[str, Unloading]] = ()
         self.forward: Any = None
         """The subnet's module as it is called: compiled where that was asked for."""
         self.clock = 0
@@ -96,54 +100,70 @@ class Workbench:
 
     # A round
 
-    def begin(self, plan: Plan, reference: Plan | None, following: tuple[Plan, ...], steps: int) -> None:
+    def begin(self, plan: Plan, reference: Plan | None, following: Plan | None, steps: int) -> None:
         """Make the trained subnet that of `plan`, and the reference that of `reference` (None: there is none).
 
-        following: plans of the next rounds, as far as they are known; steps: that the run has taken so far.
+        following: plan of the next round, if it is known; steps: that the run has taken so far.
         """
-        same, fits = plan.digest == self.trained, self._subnet is not None and self._subnet.fits(plan)
-        self.trained = ""  # until it is there
-        if not same:
-            self.clock = min(steps, self._layout.horizon)
-        gathered, swapped = self._gathered, fits and bool(self._gathered) and self._gathered[0] == plan
-        self._gathered = ()
-        if swapped:
-            assert self._reference is not None and self._reference.plan == plan
-            with undivided():
-                self._swap.do(self.subnet, self._reference, gathered[1], self._ahead(), self._left, self.clock)
-        else:
+        ready, self._ready = self._ready, ()
+        self.clock, self.trained = self._clock(plan, steps), plan.digest
+        if ready[:1] != (plan,):
+            self._take(plan)
+        if len(ready) < 2 or ready[0] != plan:
             self._rest()
-            if not (fits and same):
-                self._take(plan, fits)
             self.subnet.begin(self.clock)
-        self.trained = plan.digest
-        ahead = self._overlap and len(following) == 2 and all(map(self.subnet.fits, following))
-        wanted = following[0] if ahead else reference
-        if wanted is None or not (swapped and self._reference is not None and self._reference.plan == wanted):
+        self._waiting = following if self._overlap and following is not None and self.subnet.fits(following) else None
+        wanted = self._waiting or reference
+        if wanted is None or ready != (plan, wanted):
             self._take_reference(wanted)
-        if ahead:
-            self._gathered = following
-            self._ahead()  # pinned here: another thread would do it from the first GPU, whichever this process has
-            self.pipeline.do(partial(self._gather_ahead, *following))
 
-    def end(self, steps: int, round: int) -> Written:
-        """End a round, of this number, of `steps` steps: everything → master, where it is once the pipeline is done.
+    def look_ahead(self, later: Plan | None) -> None:
+        """Gather for the next two rounds, while this one trains. later: plan of the one after next, if it is known."""
+        if self._waiting is not None and later is not None and self.subnet.fits(later):
+            plans = self._waiting, later
+            self._ahead()  # pinned here: another thread would do it from the first GPU, whichever this process has
+            self.pipeline.do(partial(self._gather_ahead, *plans))
+            self._gathered = plans
+
+    def leave(self, steps: int, round: int, taken: int) -> None:
+        """The values of a round, of this number and of `steps` steps, leave for staging, and those that wait take their
+        place. The host waits for nothing. taken: steps of the run, these included.
+
+        `end` follows, or `clear` if they are not to reach the master. What was gathered must be there (`wait`).
+        """
+        subnet, rounding = self.subnet, self._master.precision.rounding
+        subnet.end()
+        self.transfer.told()
+        self.clock += steps
+        self._left = {}
+
+        def unloading() -> Iterator[tuple[str, Unloading]]:
+            for what in ("weights", *subnet.moments):
+                slabs, kinds = subnet.slabs_of(what), subnet.kinds_of(what)
+                staged = self.transfer.staging(kinds, slabs, what)
+                one = self.transfer.unload(slabs, staged, rounding(round, what))
+                self._left[what] = one.left
+                yield what, one
+
+        # Where nothing overlaps all share one staging, so each leaves when the one before is in the master.
+        self._leaving = list(unloading()) if self._overlap else unloading()
+        self._ready = (subnet.plan,)
+        if self._gathered:
+            assert self._reference is not None and self._reference.plan == self._gathered[0]
+            clock = self._clock(self._reference.plan, taken)
+            self._swap.do(subnet, self._reference, self._gathered[1], self._ahead(), self._left, clock)
+            self._ready, self._gathered = self._gathered, ()
+
+    def end(self, plan: Plan) -> Written:
+        """What has left of a round of this plan → master, where it is once the pipeline is done.
 
         Returns how the newest write-back went that has come to its end: this one or, where rounds overlap, the last.
         """
-        self.wait()
         before = self.written
-        subnet, rounding = self.subnet, self._master.precision.rounding
-        subnet.end()
-        self.clock += steps
-        self.transfer.told()
-        for what in ("weights", *subnet.moments):
-            slabs, kinds = subnet.slabs_of(what), subnet.kinds_of(what)
-            staged = self.transfer.staging(kinds, slabs, what)
-            leaving = self.transfer.unload(slabs, staged, rounding(round, what))
-            self._left[what] = leaving.left
-            self.pipeline.do(partial(self._merge, what, leaving, subnet.plan))
+        for what, unloading in self._leaving:
+            self.pipeline.do(partial(self._merge, what, unloading, plan))
         self.pipeline.do(self._ended)
+        self._leaving = ()
         return before if self._overlap else self.written
 
     def step(self) -> None:
@@ -185,10 +205,14 @@ class Workbench:
 
     # What it does on the way
 
-    def _take(self, plan: Plan, fits: bool) -> None:
+    def _clock(self, plan: Plan, steps: int) -> int:
+        return self.clock if plan.digest == self.trained else min(steps, self._layout.horizon)
+
+    def _take(self, plan: Plan) -> None:
         """Gather a plan now."""
         self.wait()
-        if not fits:
+        self._rest()
+        if self._subnet is None or not self._subnet.fits(plan):
             self._subnet = None  # before the next one is made: never two
             self._subnet = self._new_subnet(self._master, plan)
             self.forward = self._subnet.module
@@ -233,14 +257,12 @@ class Workbench:
     def _gather_ahead(self, following: Plan, later: Plan) -> None:
         """Moments of the next round's plan and weights of the one after. In the background, as is finding out what they
         share with the plan that is being trained."""
-        self._swap.wait()
+        subnet = self.subnet
+        self._swap.prepare(subnet.plan, following, later, [name for slab in subnet.slabs for name in slab])
         weights, *moments = self._ahead().items()
         for what, staged in (*moments, weights):
             full = self._master.tensors if what == "weights" else self._master.moments[what]
             self.transfer.gather(full, map(Slab.whole, staged), later if what == "weights" else following)
-        for plan in (following, later):
-            for name in self._sampled:
-                _ = self.subnet.plan.shared(plan, name)
 
     def _merge(self, what: str, leaving: Unloading, plan: Plan) -> None:
         if what == "weights":
@@ -259,7 +281,7 @@ class Workbench:
         self.pipeline.drain()
         memory.synchronize(self._device)  # what crosses the link may be on its way
         self._subnet = self._reference = self.forward = None
-        self._gathered, self._left = (), {}
+        self._waiting, self._gathered, self._ready, self._leaving, self._left = None, (), (), (), {}
 
     def close(self) -> None:
         self.pipeline.close()

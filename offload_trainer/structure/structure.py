@@ -21,7 +21,7 @@ from offload_trainer.structure.starts import polarised
 class Structure:
     """Probabilities s of the units of the sampled groups, on the CPU.
 
-    A round calls `set_step(step)`, `pair()` or `follow()` and, when it has ended, `update` with what it showed. All
+    A round calls `set_step(step)`, `pair()` (or `follow()` and, before its end, `look_ahead()`) and `update`. All
     follows from `seed` and those numbers, so ranks that share them draw the same masks.
 
     groups: any iterable of objects with `name` and `units`, such as `Groups`.
@@ -93,13 +93,9 @@ class Structure:
             min_units=min_units,
             width_steps=width_steps or {},
         )
-
         self._pool = Pool(budgets, sampler, budget)
         self.names, self.step = self._pool.names, 0
-        self.estimator: Estimator = estimator
-        self.control: Control = control
-        self.sampler: Sampler = sampler
-        self.budget: Budget = budget
+        self.estimator, self.control, self.sampler, self.budget = estimator, control, sampler, budget
         self.alpha, self.min_units, self.paired_batches = alpha, min_units, paired_batches
         self._explore, self._explore_steps = explore, explore_steps
         self._generator = torch.Generator("cpu").manual_seed(seed)
@@ -172,9 +168,13 @@ class Structure:
         return tuple(self._fill(2))
 
     def follow(self) -> tuple[Kept, ...]:
-        """m, m′ and the mask after them, of which the next call makes its m and m′: only one is drawn, from s now."""
+        """m and m′, which is the next round's m. They were drawn in earlier rounds, as far as there were any."""
         self._drawn.step()
-        return tuple(self._fill(AHEAD))
+        return tuple(self._fill(2))
+
+    def look_ahead(self) -> Kept:
+        """The mask after m′, of which the next call of `follow` makes its m′: drawn from s now."""
+        return self._fill(AHEAD)[-1]
 
     def update(
         self,

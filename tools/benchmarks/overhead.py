@@ -1,6 +1,6 @@
 """What offloading costs: a run whose network stays in host memory, against its small network trained alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from statistics import median
@@ -44,73 +44,81 @@ def workloads(size: str) -> list[Workload]:
 
 def measure(setting: Setting) -> Iterator[Record]:
     for workload in workloads(setting.size):
-        for sync_every, (turns, rounds) in TURNS[setting.size].items():
-            yield from compare(setting, workload, sync_every, turns, rounds)
+        batches = on_device(workload, 4, setting.device)
+        with ExitStack() as stack:
+            runs = {
+                name: stack.enter_context(make_offloader(setting, workload, overlap))
+                for name, overlap in (("overlapped", True), ("offloaded", False))
+            }
+            any_run = runs["offloaded"]
+            small = slice_module(any_run.model, any_run.agenda.top(), any_run.groups).to(setting.device).train()
+            resident = training_step(small, workload, batches, setting.accelerator)
+            steps = {name: offloaded(run, batches) for name, run in runs.items()}
+            for run, step in zip(runs.values(), steps.values(), strict=True):
+                # Short rounds first: subnet, reference, moments and staging are made in them.
+                for _ in range(4):
+                    for _ in range(run.structure.paired_batches + 1):
+                        step()
+                        resident()
+                    run.finish_round()
+            for sync_every, (turns, rounds) in TURNS[setting.size].items():
+                for run in runs.values():
+                    run.sync_every = sync_every
+                yield from compare(setting, workload.name, runs, {**steps, "resident": resident}, turns, rounds)
 
 
-def compare(setting: Setting, workload: Workload, sync_every: int, turns: int, rounds: int) -> Iterator[Record]:
+def compare(
+    setting: Setting,
+    name: str,
+    runs: Mapping[str, Offloader],
+    step: Mapping[str, Callable[[], None]],
+    turns: int,
+    rounds: int,
+) -> Iterator[Record]:
     """Rounds, overlapping and not, take turns with as many steps of the small network, which has the shapes of every
     round's subnet. What is in the background after the last round of a turn is waited for, and counts.
 
     The shares are of the host's time; on a GPU the reference's kernels run after the host has queued them.
     """
-    batches = on_device(workload, 4, setting.device)
-    steps = sync_every * rounds
-    with ExitStack() as stack:
-        runs = {
-            name: stack.enter_context(make_offloader(setting, workload, sync_every, overlap))
-            for name, overlap in (("overlapped", True), ("offloaded", False))
-        }
-        any_run = runs["offloaded"]
-        small = slice_module(any_run.model, any_run.agenda.top(), any_run.groups).to(setting.device).train()
-        resident_step = training_step(small, workload, batches, setting.accelerator)
-        spent: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+    run = runs["offloaded"]
+    steps = run.sync_every * rounds
+    spent: dict[str, list[dict[str, float]]] = {way: [] for way in runs}
 
-        def turn(name: str) -> None:
-            run = runs[name]
-            step = offloaded(run, batches)
-            before = {part: getattr(run.spent, part) for part in ("gather", "writeback", "reference")}
-            for _ in range(steps):
-                step()
-            run.finish_round()
-            spent[name].append({part: getattr(run.spent, part) - then for part, then in before.items()})
+    def turn(way: str) -> None:
+        before = {part: getattr(runs[way].spent, part) for part in ("gather", "writeback", "reference")}
+        for _ in range(steps):
+            step[way]()
+        runs[way].finish_round()
+        spent[way].append({part: getattr(runs[way].spent, part) - then for part, then in before.items()})
 
-        def resident() -> None:
-            for _ in range(steps):
-                resident_step()
+    def resident() -> None:
+        for _ in range(steps):
+            step["resident"]()
 
-        # Short rounds first: subnet, reference, moments and staging are made in them.
-        for run in runs.values():
-            step = offloaded(run, batches)
-            for _ in range(4):
-                for _ in range(min(sync_every, run.structure.paired_batches + 1)):
-                    step()
-                    resident_step()
-                run.finish_round()
-        contenders = {name: partial(turn, name) for name in runs}
-        seconds = take_turns({**contenders, "resident": resident}, turns, setting.device, warmup=0)
-    for name, parts in spent.items():
+    contenders = {way: partial(turn, way) for way in runs}
+    seconds = take_turns({**contenders, "resident": resident}, turns, setting.device, warmup=0)
+    for way, parts in spent.items():
         shares = {
-            f"{part}_share": median(one[part] / total for one, total in zip(parts, seconds[name], strict=True))
+            f"{part}_share": median(one[part] / total for one, total in zip(parts, seconds[way], strict=True))
             for part in parts[0]
         }
         yield setting.record(
             "overhead",
-            f"{workload.name} K={sync_every}" + (", overlapped" if name == "overlapped" else ""),
-            steps / median(seconds[name]),
+            f"{name} K={run.sync_every}" + (", overlapped" if way == "overlapped" else ""),
+            steps / median(seconds[way]),
             "steps/s",
-            times_faster(seconds, name, "resident"),
+            times_faster(seconds, way, "resident"),
             "same-shaped network trained alone",
             repeats=turns,
             against_value=steps / median(seconds["resident"]),
             keep=KEEP,
-            paired_batches=any_run.structure.paired_batches,
+            paired_batches=run.structure.paired_batches,
             **shares,
-            aim=AIM[setting.device.type] if name == "overlapped" and sync_every == 50 else None,
+            aim=AIM[setting.device.type] if way == "overlapped" and run.sync_every == 50 else None,
         )
 
 
-def make_offloader(setting: Setting, workload: Workload, sync_every: int, overlap: bool) -> Offloader:
+def make_offloader(setting: Setting, workload: Workload, overlap: bool) -> Offloader:
     model = workload.build_empty()
     groups = workload.groups(model)
     return Offloader(
@@ -119,7 +127,6 @@ def make_offloader(setting: Setting, workload: Workload, sync_every: int, overla
         workload.loss_fn,
         optimizer=workload.optimizer,
         structure=Structure(groups, KEEP, seed=0),
-        sync_every=sync_every,
         accelerator=setting.accelerator,
         materialise=lambda model: fill(model.parameters(), setting.device),
         overlap=overlap,
