@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from statistics import median
 
@@ -38,6 +39,10 @@ def workloads(size: str) -> list[Workload]:
         case _:
             return [
                 llama(hidden=4096, intermediate=14336, heads=32, layers=4, batch=4, sequence=1024),
+                replace(
+                    llama(hidden=4096, intermediate=14336, heads=32, layers=4, batch=16, sequence=1024),
+                    name="llama of 16,384 tokens a step",
+                ),
                 vision("resnet32", width=8, batch=128),
             ]
 

@@ -86,6 +86,9 @@ def compare(setting: Setting, master: Master, groups: Groups, keep: float) -> It
         contenders[f"gather{way}"] = partial(gather, transfer)
         contenders[f"writeback{way}"] = partial(write_back, transfer)
     contenders["copy out"] = lambda: host.flat.copy_(there.flat)  # far from the other copy, whose buffers it shares
+    if device.type == "cuda":  # whose link may be faster than the memory of its host
+        other = torch.zeros_like(host.flat)
+        contenders["copy on the host"] = lambda: other.copy_(host.flat)
     try:
         seconds = take_turns(contenders, repeats, device)
     finally:
@@ -102,6 +105,8 @@ def compare(setting: Setting, master: Master, groups: Groups, keep: float) -> It
             ("both", "copy both", 2, "both ways"),
         ):
             moved = times * subnet.nbytes
+            copied = seconds.get("copy on the host")
+            on_host = {"host_copy": subnet.nbytes / 1e9 / median(copied)} if copied else {}  # GB/s
             yield setting.record(
                 "transfer",
                 f"{what} rho={keep}{way}",
@@ -115,6 +120,7 @@ def compare(setting: Setting, master: Master, groups: Groups, keep: float) -> It
                 subnet_bytes=subnet.nbytes,
                 master_bytes=master.nbytes,
                 threads=torch.get_num_threads(),
+                **on_host,
             )
 
 
