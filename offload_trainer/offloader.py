@@ -284,7 +284,7 @@ class Offloader:
             finite = subnet.is_finite()
             with self.spent.on("writeback"):
                 ranks.average_buffers(self.accelerator, subnet.module)
-                self._bench.leave(running.steps, self.rounds, self.steps)
+                self._bench.leave(running.steps, self.rounds)
             try:
                 credit = self._crediting.take(plan)  # the host waits here for the round's last kernels
                 difference = running.outcome(self.accelerator, finite, credit, self.steps, self.rounds)
@@ -293,7 +293,7 @@ class Offloader:
                 raise
             self._boundary = None
             with self.spent.on("writeback"):
-                written = self._bench.end(plan)
+                written = self._bench.end()
             self.report = self.transfers.report(written.work, written.delta_norm, difference)
             self.agenda.end(plan, running.steps, self.steps, difference, credit)
             self.rounds, self._round = self.rounds + 1, None

@@ -105,7 +105,7 @@ def test_whatever_is_done_rounds_that_overlap_change_nothing(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chance = random.Random(seed)
-    kind, case, in_place = chance.choice(list(MODELS)), chance.choice(list(CASES)), chance.random() < 0.3
+    kind, case, in_place = chance.choice(list(MODELS)), chance.choice(list(CASES)), chance.random() < 0.5
     deeds = chance.choices(DEEDS, k=14)
     if chance.random() < 0.3:
         deeds.insert(chance.randrange(14), Session.settle)

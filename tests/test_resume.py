@@ -86,9 +86,9 @@ def test_an_interrupt_within_a_write_back_waits(tmp_path: Path, monkeypatch: pyt
     with offloader(network(), sync_every=5) as trainer:
         end = trainer._bench.end
 
-        def interrupted(plan: object) -> object:
+        def interrupted() -> object:
             signal.raise_signal(signal.SIGINT)
-            return end(plan)
+            return end()
 
         monkeypatch.setattr(trainer._bench, "end", interrupted)
         with pytest.raises(KeyboardInterrupt):

@@ -31,8 +31,8 @@ _NONE: tuple[Places, Places] = ({}, {})
 class Swap:
     """Of the subnets on one device.
 
-    in_place: the trained subnet's tensors stay where they are, since CUDA graphs read them there; otherwise they change
-        places with the reference's.
+    in_place: the trained subnet's tensors stay where they are, since CUDA graphs read them there, or since nothing is
+        won by it; otherwise they change places with the reference's, and the next round need not wait until they left.
     """
 
     def __init__(self, transfer: Transfer, device: torch.device, *, in_place: bool):
@@ -62,7 +62,7 @@ class Swap:
         self._next = of_plan, of_later
 
     def do(self, subnet: TrainedSubnet, reference: Subnet, later: Plan, staged: Staged, left: Left, clock: int) -> None:
-        """Begin the round of the reference's plan, and have that of `later` wait. The host waits for nothing.
+        """Begin the round of the reference's plan, and have that of `later` wait. The host does not wait.
 
         clock: see `TrainedSubnet.begin`.
         """

@@ -23,6 +23,7 @@ from offload_trainer.device.subnet import Subnet, TrainedSubnet
 from offload_trainer.device.swap import Swap
 from offload_trainer.device.transfer import Transfer, Unloading, Work, limited
 from offload_trainer.groups.plan import Plan
+from offload_trainer.master.interrupts import undivided
 from offload_trainer.master.master import Master
 from offload_trainer.master.moments import OptimizerFactory, StateLayout
 from offload_trainer.master.slab import Slab
@@ -67,7 +68,7 @@ class Workbench:
             TrainedSubnet, device=device, factory=factory, layout=layout, carry=carry, sampled=sampled
         )
         self.transfer = Transfer(device, overlap=overlap, mover=mover)
-        self._swap = Swap(self.transfer, device, in_place=compile == "graphs")
+        self._swap = Swap(self.transfer, device, in_place=compile == "graphs" or device.type == "cpu")
         self._left: dict[str, Mapping[str, Mark]] = {}
         """When the values of the round that ended last have left the device: "weights" and moments, by tensor."""
         self.pipeline = Pipeline(overlap=overlap, threads=transfer_threads(device, overlap=overlap))
@@ -77,8 +78,8 @@ class Workbench:
         """Plan of the next round, whose weights are the reference's."""
         self._gathered: tuple[Plan, ...] = ()
         """Plans of the next two rounds for which staging holds what `_gather_ahead` says; or none."""
-        self._ready: tuple[Plan, ...] = ()
-        """Between two rounds: plans of which subnet and reference hold what the master holds, as far as they do."""
+        self._ready: Plan | None = None
+        """Of which the subnet holds what the master holds, between two rounds."""
         self._leaving: Iterable[tuple[str, Unloading]] = ()
         self.forward: Any = None
         """The subnet's module as it is called: compiled where that was asked for."""
@@ -105,16 +106,23 @@ class Workbench:
 
         following: plan of the next round, if it is known; steps: that the run has taken so far.
         """
-        ready, self._ready = self._ready, ()
-        self.clock, self.trained = self._clock(plan, steps), plan.digest
-        if ready[:1] != (plan,):
-            self._take(plan)
-        if len(ready) < 2 or ready[0] != plan:
+        ready, gathered = self._ready, self._gathered
+        self._ready, self._gathered = None, ()
+        self.clock = self.clock if plan.digest == self.trained else min(steps, self._layout.horizon)
+        self.trained = plan.digest
+        swapped = bool(gathered) and gathered[0] == plan
+        if swapped:
+            assert self._reference is not None and self._reference.plan == plan
+            with undivided():
+                self._swap.do(self.subnet, self._reference, gathered[1], self._ahead(), self._left, self.clock)
+        else:
             self._rest()
+            if ready != plan:
+                self._take(plan)
             self.subnet.begin(self.clock)
         self._waiting = following if self._overlap and following is not None and self.subnet.fits(following) else None
         wanted = self._waiting or reference
-        if wanted is None or ready != (plan, wanted):
+        if wanted is None or not (swapped and gathered[1] == wanted):
             self._take_reference(wanted)
 
     def look_ahead(self, later: Plan | None) -> None:
@@ -125,9 +133,8 @@ class Workbench:
             self.pipeline.do(partial(self._gather_ahead, *plans))
             self._gathered = plans
 
-    def leave(self, steps: int, round: int, taken: int) -> None:
-        """The values of a round, of this number and of `steps` steps, leave for staging, and those that wait take their
-        place. The host waits for nothing. taken: steps of the run, these included.
+    def leave(self, steps: int, round: int) -> None:
+        """The values of a round, of this number and of `steps` steps, leave for staging. The host waits for nothing.
 
         `end` follows, or `clear` if they are not to reach the master. What was gathered must be there (`wait`).
         """
@@ -147,21 +154,16 @@ class Workbench:
 
         # Where nothing overlaps all share one staging, so each leaves when the one before is in the master.
         self._leaving = list(unloading()) if self._overlap else unloading()
-        self._ready = (subnet.plan,)
-        if self._gathered:
-            assert self._reference is not None and self._reference.plan == self._gathered[0]
-            clock = self._clock(self._reference.plan, taken)
-            self._swap.do(subnet, self._reference, self._gathered[1], self._ahead(), self._left, clock)
-            self._ready, self._gathered = self._gathered, ()
+        self._ready = subnet.plan
 
-    def end(self, plan: Plan) -> Written:
-        """What has left of a round of this plan → master, where it is once the pipeline is done.
+    def end(self) -> Written:
+        """What has left → master, where it is once the pipeline is done.
 
         Returns how the newest write-back went that has come to its end: this one or, where rounds overlap, the last.
         """
         before = self.written
         for what, unloading in self._leaving:
-            self.pipeline.do(partial(self._merge, what, unloading, plan))
+            self.pipeline.do(partial(self._merge, what, unloading, self.subnet.plan))
         self.pipeline.do(self._ended)
         self._leaving = ()
         return before if self._overlap else self.written
@@ -204,9 +206,6 @@ class Workbench:
             self.transfer.work.waited += perf_counter() - start
 
     # What it does on the way
-
-    def _clock(self, plan: Plan, steps: int) -> int:
-        return self.clock if plan.digest == self.trained else min(steps, self._layout.horizon)
 
     def _take(self, plan: Plan) -> None:
         """Gather a plan now."""
@@ -281,7 +280,7 @@ class Workbench:
         self.pipeline.drain()
         memory.synchronize(self._device)  # what crosses the link may be on its way
         self._subnet = self._reference = self.forward = None
-        self._waiting, self._gathered, self._ready, self._leaving, self._left = None, (), (), (), {}
+        self._waiting, self._gathered, self._ready, self._leaving, self._left = None, (), None, (), {}
 
     def close(self) -> None:
         self.pipeline.close()
