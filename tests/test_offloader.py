@@ -11,6 +11,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from offload_trainer import Group, Offloader, Structure, UserError, find_groups, verify_groups
+from offload_trainer.device import workbench
+from offload_trainer.device.swap import Swap
 from offload_trainer.groups import Plan, slice_module
 from offload_trainer.rounds import Round, require_arguments
 
@@ -448,8 +450,10 @@ def test_bf16_autocast_trains_in_bf16_and_keeps_fp32_weights() -> None:
     assert all(math.isfinite(loss) for loss in losses)
 
 
-def test_a_compiled_subnet_trains_as_the_plain_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_subnet_trains_as_the_plain_one_does(monkeypatch: pytest.MonkeyPatch, in_place: bool) -> None:
     """Traced for real but not lowered to C++, which would take a minute; values are swapped without a new trace."""
+    monkeypatch.setattr(workbench, "Swap", lambda *a, **_: Swap(*a, in_place=in_place))
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
