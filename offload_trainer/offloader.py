@@ -16,7 +16,6 @@ from offload_trainer.device.movers import Choice, choose_mover
 from offload_trainer.device.processes import require_supported, transfer_threads
 from offload_trainer.device.subnet import TrainedSubnet
 from offload_trainer.device.workbench import Compile, Workbench
-from offload_trainer.errors import UserError
 from offload_trainer.groups import Groups, Plan, require_of
 from offload_trainer.master import Master, probe_optimizer, trained_dtype
 from offload_trainer.master.interrupts import undivided
@@ -277,24 +276,24 @@ class Offloader:
     def _end_round(self, running: Round) -> None:
         with self.spent.on("writeback"):
             self._bench.wait()  # for the round before, a checkpoint of it, and what was gathered meanwhile
-        self.boundary()
-        with undivided():  # an interrupt waits: half a write-back would be no state at all
-            plan, subnet = self._bench.subnet.plan, self._bench.subnet
-            subnet.optimizer.zero_grad()  # of a batch that was never followed by a step
-            finite = subnet.is_finite()
+        boundary, subnet = self.boundary(), self._bench.subnet
+        subnet.optimizer.zero_grad()  # of a batch that was never followed by a step
+        finite = subnet.is_finite()
+        try:
             with self.spent.on("writeback"):
                 ranks.average_buffers(self.accelerator, subnet.module)
                 self._bench.leave(running.steps, self.rounds)
-            try:
-                credit = self._crediting.take(plan)  # the host waits here for the round's last kernels
-                difference = running.outcome(self.accelerator, finite, credit, self.steps, self.rounds)
-            except UserError:
-                self.load_boundary(self.boundary())  # as if the round had never begun
-                raise
-            self._boundary = None
-            with self.spent.on("writeback"):
-                written = self._bench.end()
-            self.report = self.transfers.report(written.work, written.delta_norm, difference)
-            self.agenda.end(plan, running.steps, self.steps, difference, credit)
-            self.rounds, self._round = self.rounds + 1, None
-            self._boundary = self._make_boundary()
+            credit = self._crediting.take(subnet.plan)  # the host waits here for the round's last kernels
+            difference = running.outcome(self.accelerator, finite, credit, self.steps, self.rounds)
+            with undivided():  # an interrupt waits: half a write-back would be no state at all
+                self._boundary = None
+                with self.spent.on("writeback"):
+                    written = self._bench.end()
+                self.report = self.transfers.report(written.work, written.delta_norm, difference)
+                self.agenda.end(subnet.plan, running.steps, self.steps, difference, credit)
+                self.rounds, self._round = self.rounds + 1, None
+                self._boundary = self._make_boundary()
+        except BaseException:  # what is not finite, or an interrupt
+            if self._boundary is not None and self._round is running:
+                self.load_boundary(boundary)  # as if the round had never begun
+            raise

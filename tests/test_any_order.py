@@ -22,8 +22,8 @@ class Session:
         self.trainer: Offloader = make(kind, overlap=overlap, **CASES[case])
         self.batches, self.store = iter(MODELS[kind][1](300)), CheckpointStore(folder)
         self.seen: list[Any] = []
-        self.failing = False
-        loss_fn = self.trainer.loss_fn
+        self.failing = self.interrupting = False
+        loss_fn, take = self.trainer.loss_fn, self.trainer._crediting.take
 
         def failing_loss(module: Any, batch: Any) -> Any:
             loss = loss_fn(module, batch)
@@ -32,7 +32,13 @@ class Session:
                 raise ArithmeticError
             return loss
 
+        def interrupted_take(plan: Any) -> Any:
+            if self.interrupting:
+                raise KeyboardInterrupt
+            return take(plan)
+
         self.trainer.loss_fn = failing_loss
+        self.trainer._crediting.take = interrupted_take  # type: ignore[method-assign]
 
     def step(self) -> None:
         loss = self.trainer.loss(next(self.batches))
@@ -56,6 +62,15 @@ class Session:
         except ArithmeticError:
             self.seen.append("failed")
         self.failing = False
+
+    def interrupt_at_the_end(self) -> None:
+        """When what a round left is on its way, and not yet in the master: as if the round had never begun."""
+        self.interrupting = True
+        try:
+            self.steps()
+        except KeyboardInterrupt:
+            self.seen += ["interrupted", self.trainer.steps]
+        self.interrupting = False
 
     def not_a_number(self) -> None:
         batch = next(self.batches)
@@ -96,7 +111,7 @@ class Session:
 DEEDS: list[Callable[[Session], None]] = [
     *[Session.steps, Session.step] * 4,
     *(Session.loss_without_a_step, Session.failing_reference, Session.not_a_number, Session.look, Session.export),
-    *(Session.finish, Session.save, Session.save_meanwhile, Session.restore),
+    *(Session.interrupt_at_the_end, Session.finish, Session.save, Session.save_meanwhile, Session.restore),
 ]
 
 
