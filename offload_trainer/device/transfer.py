@@ -61,7 +61,8 @@ class Work:
     """Seconds of the host's steps; they may have been spent in the background."""
     writeback: float = 0.0
     link: float = 0.0
-    """Seconds of the link's steps, both ways, that no host's step of the same slab went on beside."""
+    """Seconds of the link's steps, both ways, that no host's step of the same slab went on beside; of what arrives at a
+    swap, from the first copy to the last, as the device's clock has it."""
     waited: float = 0.0
     """Seconds that training waited: for the link, for the host's steps outside the background, for the background."""
     nbytes: int = 0
