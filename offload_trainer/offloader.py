@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from offload_trainer.agenda import Agenda, Reference
 from offload_trainer.device import memory, ranks
-from offload_trainer.device.crediting import Crediting
+from offload_trainer.device.crediting import LAST, Crediting
 from offload_trainer.device.movers import Choice, choose_mover
 from offload_trainer.device.processes import require_supported, transfer_threads
 from offload_trainer.device.subnet import TrainedSubnet
@@ -111,8 +111,8 @@ class Offloader:
             raise RuntimeError("step() follows loss() and a backward pass: this round has seen no loss yet")
         running, subnet = self._round, self._bench.subnet
         ranks.average_gradients(self.accelerator, subnet.parameters)
-        if running.steps >= self.sync_every - self.structure.paired_batches and not self.agenda.settled:
-            self._crediting.add(subnet.plan, subnet.parameters)  # what has just come in has been trained by then
+        if running.steps >= self.sync_every - LAST and not self.agenda.settled:
+            self._crediting.add(subnet.plan, subnet.parameters)
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(subnet.parameters.values()), self.clip_norm)
         self._bench.step()

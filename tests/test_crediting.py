@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from offload_trainer import Offloader, UserError
-from offload_trainer.device.crediting import Crediting
+from offload_trainer.device.crediting import LAST, Crediting
 from offload_trainer.groups import Group, Groups, Plan, Slot, find_groups
 from offload_trainer.groups.readers import find_readers, read_slots
 from offload_trainer.structure import Structure
@@ -94,19 +94,19 @@ def _loss_scaled(module: nn.Module, groups, plan, name: str, slots, unit: int, f
 
 
 def test_means_over_the_last_batches_of_a_round_reach_the_structure() -> None:
-    trainer = offloader(network(), control="linear", paired_batches=3)
+    trainer = offloader(network(), control="linear")
     own, seen = Crediting(network(), trainer.groups, trainer.structure.names), []
     with trainer:
         for i, batch in enumerate(data(14)):
             trainer.accelerator.backward(trainer.loss(batch))
-            if i % 7 >= 4:
+            if i % 7 >= 7 - LAST:
                 own.add(trainer.plan, trainer._bench.subnet.parameters)
             if i % 7 == 6:
                 seen.append((trainer.plan, own.take(trainer.plan)))
             trainer.step()
     (first, found), _ = seen
     assert found is not None
-    structure = offloader(network(), control="linear", paired_batches=3).structure
+    structure = offloader(network(), control="linear").structure
     structure.follow()
     structure.update(None, first, found)
     state, whole = structure.state_dict(), trainer.structure.state_dict()

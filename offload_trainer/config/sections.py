@@ -64,8 +64,9 @@ class StructureConfig(Section):
     reference: Literal["next", "fresh"] = "next"
     """What a subnet is compared with: the one that is trained next (drawn two rounds ahead), or one drawn for this
     alone, so that rounds cannot overlap."""
-    paired_batches: Count = 4
-    """Batches at the start of a round on which a second subnet is compared, at most sync_every (which is the paper)."""
+    paired_batches: Count = 1
+    """Batches at the start of a round on which a second subnet is compared, at most sync_every (which is the paper).
+    The first finds both equally fresh, and more of them tell little more: the noise is of the masks."""
     schedule: Literal["constant", "cubic"] = "constant"
     """Course of the keep ratio; cubic: from structure.start_keep down to the keep ratio."""
     start_keep: Share | None = None

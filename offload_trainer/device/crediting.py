@@ -9,6 +9,9 @@ from offload_trainer.errors import UserError
 from offload_trainer.groups.plan import Groups, Plan, Slot
 from offload_trainer.groups.readers import find_readers, read_slots
 
+LAST = 4
+"""Batches of a round, its last, whose gradients tell: what has just come in has been trained by then."""
+
 
 class Crediting:
     """Sums, over the batches of a round, of c and c², where c is the derivative of the loss for a gate on all that

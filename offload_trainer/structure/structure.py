@@ -73,7 +73,7 @@ class Structure:
         min_units: int = 1,
         width_steps: Mapping[str, int] | None = None,
         lr: float = 12e-3,
-        paired_batches: int = 4,
+        paired_batches: int = 1,
         schedule: ScheduleName = "constant",
         start_keep: float | None = None,
         schedule_steps: int = 0,

@@ -22,7 +22,7 @@ TEXT_RATE = 1e-3
 anything that changes its course looks good."""
 RECIPE: list[object] = [
     *("--structure.estimator", "credit", "--structure.start", "random", "--structure.explore", 0.1),
-    *("--structure.settle", 0.8),
+    *("--structure.settle", 0.8, "--structure.paired_batches", 4),
 ]
 """What every sparse run has, unless it says otherwise."""
 SPARSE = {
@@ -85,12 +85,12 @@ def train(setting: Setting, options: argparse.Namespace, task: str, one: Contend
         arguments += ["--task.batch_size", options.batch]
         arguments += ["--task.limit", options.limit] if options.limit else []
         arguments += SHORT if setting.quick else []
-    if setting.quick:
-        arguments += ["--sync_every", 2, "--structure.paired_batches", 1]
     if one.keys is None:
         arguments += [*WHOLE, "--structure.settle", 0]
     else:
-        arguments += ["--structure.keep", 1 / one.times, *SPARSE[task], *RECIPE, *one.keys, *options.of_structure]
+        short = ["--sync_every", 2, "--structure.paired_batches", 1] if setting.quick else []
+        keys = [*SPARSE[task], *RECIPE, *short, *one.keys]
+        arguments += ["--structure.keep", 1 / one.times, *keys, *options.of_structure]
     folder = options.out / task / f"{plain(one.name)}-seed-{seed}"
     return finish(folder, CONFIGS[task], [*arguments, *options.passed_on])
 

@@ -30,6 +30,8 @@ from reproduction.pictures import new_figure, save
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = ("vgg19_cifar10", "resnet32_cifar10", "wrn28_10_cifar10", "resnet50_imagenet")
 BATCH = {"resnet50": 8, "wrn28_10": 8}
+PAIRS = 4
+"""In a round, of what is accounted for. (A run's default is one, which costs less.)"""
 """Images; 64 for the others."""
 QUICK: dict[str, Any] = {"configs": ["vgg19_cifar10"], "keep": [0.5], "repeats": 1}
 QUICK_KEYS: list[str] = []
@@ -70,7 +72,7 @@ def measure(setting: Setting, options: argparse.Namespace) -> Iterator[Record]:
     for config in options.configs:
         tree = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
         task, every = tree["task"], tree["sync_every"]
-        pairs = tree["structure"].get("paired_batches", 4) / every
+        pairs = tree["structure"].get("paired_batches", PAIRS) / every
         image = task.get("image_size", 32)
         batch = 2 if setting.quick else BATCH.get(task["model"], 64) * (4 if setting.device.type == "cuda" else 1)
         width = 0.125 if setting.quick else task.get("width", 1.0)
