@@ -69,7 +69,7 @@ def means_over_inputs(
     of: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """Path of each reader → what `of` makes of its inputs x, (rows, features), per row: a mean over all ranks, on the
-    CPU. `of` sums over the rows it is given. A reader that is never called is left out."""
+    CPU. `of` sums over the rows it is given. A reader that is never given any is left out."""
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys((reader.path for reader in readers), 0)
 
@@ -91,13 +91,16 @@ def means_over_inputs(
         for handle in handles:
             handle.remove()
         module.train(training)
+    # A rank whose batches did not reach a reader takes its part in the mean all the same.
+    everywhere = ranks.gather(accelerator, {path: (total.shape, total.dtype) for path, total in sums.items()})
     means = {}
-    for path, count in counts.items():
-        if path not in sums:
-            continue
-        mean = sums.pop(path).div_(count).to(accelerator.device)  # where ranks can talk
-        ranks.average_(accelerator, [mean])
-        means[path] = mean.cpu()
+    for path, (shape, dtype) in {path: like for found in everywhere for path, like in found.items()}.items():
+        total = sums.pop(path, None)
+        total = (torch.zeros(shape, dtype=dtype) if total is None else total).to(accelerator.device)  # to be exchanged
+        rows = torch.tensor(counts[path], dtype=dtype, device=accelerator.device)
+        ranks.average_(accelerator, [total, rows])
+        if rows:
+            means[path] = total.div_(rows).cpu()
     return means
 
 

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
 from offload_trainer.config import Config, OptimizerConfig
@@ -15,6 +17,8 @@ from offload_trainer.errors import UserError
 from offload_trainer.groups import Groups
 from offload_trainer.structure import Structure
 
+PATIENCE = timedelta(hours=6)
+"""Of ranks for one another: the first alone writes checkpoints and the export, hundreds of gigabytes at times."""
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -32,6 +36,7 @@ def make_accelerator(config: Config) -> Accelerator:
             log_with=config.track.trackers or None,  # type: ignore[arg-type]
             project_dir=config.out,
             cpu=not torch.accelerator.is_available(),  # asked for, so that several processes find each other on gloo
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"accelerate cannot start: {str(error).splitlines()[0]}") from error
@@ -121,4 +126,5 @@ def resumable(config: Config) -> dict[str, object]:
         "structure.start": structure.start,
         "structure.reference": structure.reference,
         "structure.estimator": structure.estimator,
+        "structure.control": structure.control,
     }

@@ -234,9 +234,11 @@ class Offloader:
     def load_boundary(self, boundary: Boundary) -> None:
         """Go on from a boundary; the master and its moments must hold what they held then."""
         numbers = boundary.numbers
-        self.steps, self.rounds, self.agenda.settled = numbers["steps"], numbers["rounds"], numbers["settled"]
+        self.steps, self.rounds = numbers["steps"], numbers["rounds"]
+        self.agenda.settled, self.agenda.starts_from_top = numbers["settled"], numbers["starts_from_top"]
         self.report = RoundReport(**numbers["report"])
         self._bench.clear()
+        self._crediting.clear()
         self._bench.clock, self._bench.trained = numbers["clock"], numbers["trained"]
         self._bench.written = replace(self._bench.written, delta_norm=numbers["delta_norm"])
         self._master.scalars = {name: dict(scalars) for name, scalars in numbers["scalars"].items()}
@@ -249,6 +251,7 @@ class Offloader:
             "steps": self.steps,
             "rounds": self.rounds,
             "settled": self.agenda.settled,
+            "starts_from_top": self.agenda.starts_from_top,
             "clock": self._bench.clock,
             "trained": self._bench.trained,
             "scalars": {name: dict(scalars) for name, scalars in self._master.scalars.items()},

@@ -85,7 +85,7 @@ def train(config: Config) -> None:
         if run.checkpoint is None:
             with meter.paused("start"):
                 start(config, run, offloader, monitor)
-        boundary = offloader.steps  # where the last round ended
+        last_end = offloader.steps  # of a round
         settle_from = math.ceil(config.steps * (1 - config.structure.settle))
         if config.track.eval_every and not offloader.steps:
             with meter.paused("evaluation"):
@@ -105,8 +105,8 @@ def train(config: Config) -> None:
                     meter.add(task.count(batch) * accelerator.num_processes, torch.stack(losses).sum())
                     step = offloader.steps
                     ended = offloader.between_rounds and step < config.steps
-                    validates = ended and due(config.track.eval_every, boundary, step)
-                    pictured = step == config.steps or (ended and due(config.track.structure_every, boundary, step))
+                    validates = ended and due(config.track.eval_every, last_end, step)
+                    pictured = step == config.steps or (ended and due(config.track.structure_every, last_end, step))
                     if step % config.track.log_every == 0 or validates or pictured:
                         monitor.show(run.structure.flat if run.structure.names else torch.ones(1))
                         record = {"step": step, **meter.read(accelerator), **measured(run, offloader)}
@@ -119,12 +119,12 @@ def train(config: Config) -> None:
                             record |= validate(config, run, offloader)
                     finally:
                         monitor.log(record)
-                if ended and due(config.checkpoint.every, boundary, step):
+                if ended and due(config.checkpoint.every, last_end, step):
                     with meter.paused("checkpoint"):
                         save_checkpoint(offloader, store, config)
-                boundary = step if ended else boundary
+                last_end = step if ended else last_end
+            offloader.finish_round()
 
-        offloader.finish_round()
         meter.stop()
         save_checkpoint(offloader, store, config)
         offloader.finish_round()  # waits for the checkpoint

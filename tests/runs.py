@@ -190,6 +190,37 @@ def paired_rows(rows: int = 16) -> dict[str, Any]:
     return {"model": model, "train": batches, "val": batches[:2], "loss": loss}
 
 
+class Experts(nn.Module):
+    """The sign of a row's first number decides which of three modules it goes through; the third is for none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen, out = (x[:, 0] > 0).long(), x.new_zeros(len(x), 3)
+        for i, expert in enumerate(self.experts):
+            rows = (chosen == i).nonzero().flatten()
+            out = out.index_add(0, rows, expert(x[rows])) if len(rows) else out
+        return out
+
+
+def sorted_experts() -> dict[str, Any]:
+    """Batches whose first half is for one expert and whose second half is for another."""
+    made = blobs()
+    batches = [(points[order], labels[order]) for points, labels in made["train"] for order in [points[:, 0].argsort()]]
+    for points, _ in batches:
+        points[: len(points) // 2, 0], points[len(points) // 2 :, 0] = -1, 1
+    torch.manual_seed(0)
+    return made | {"model": Experts(), "train": batches, "val": batches[:3]}
+
+
+EXPERTS = {
+    f"features.{i}": [f"experts.{i}.0.weight:0", f"experts.{i}.0.bias:0", f"experts.{i}.2.weight:1"] for i in range(3)
+}
+"""Rules for them by hand: where rows go depends on their values, which no tracing follows."""
+
+
 def wrong(part: str) -> dict[str, Any]:
     """`blobs`, but for one part that is not as it must be; or with hidden layers of one size ("square")."""
     made = blobs()

@@ -284,6 +284,10 @@ def test_a_loss_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "the loss is nan at step 10, round 2" in line
     kept = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
     assert kept == ["step-00000004", "step-00000008"]
+    # In the last round, which is a part of one: what no checkpoint was due for is kept.
+    last = ["--steps", "10", "--checkpoint.every", "0", "--out", str(tmp_path / "last")]
+    assert "the loss is nan at step 10, round 2" in one_line(capsys, main(["--config", file, *last]))
+    assert [path.name for path in (tmp_path / "last" / "checkpoints").iterdir()] == ["step-00000008"]
 
 
 def test_a_host_that_is_too_small(

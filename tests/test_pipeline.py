@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from offload_trainer import Offloader, Structure, UserError, find_groups, snapshot
-from offload_trainer.device import memory, workbench
+from offload_trainer.device import memory, transfer, workbench
 from offload_trainer.device.elements import gather_into, patch
 from offload_trainer.device.movers import Plain
 from offload_trainer.device.pipeline import Pipeline, in_background
+from offload_trainer.device.streams import Mark
 from offload_trainer.device.swap import Swap
 from offload_trainer.device.transfer import Transfer
 from offload_trainer.groups import Groups, random_plan
+from offload_trainer.groups.slicing import slice_module
 from offload_trainer.master import CheckpointStore, checkpoint, find_checkpoint
 from offload_trainer.master.precision import Precision
 from tests.test_offloader import ADAMW, SGD, data, loss_fn, network, run
@@ -298,6 +300,54 @@ def test_a_checkpoint_that_fails_in_the_background_ends_the_run(
         assert trainer.boundary().numbers["steps"] == 6
         assert snapshot.save(trainer, store) == find_checkpoint(tmp_path).path
         trainer._round = None
+
+
+def test_what_was_not_gathered_is_not_trained() -> None:
+    """A failure leaves out what was to follow it. One who goes on all the same finds a subnet that is the master's."""
+    with make("cnn", overlap=True) as trainer:
+        run(trainer, data(6))
+        trainer.at_boundary(lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(trainer, data(9)[6:])
+        trainer.finish_round()
+        trainer.begin_round()
+        sliced = slice_module(trainer.model, trainer.plan, trainer.groups).state_dict()
+        for name, tensor in trainer.subnet.state_dict().items():
+            assert torch.equal(tensor, sliced[name]), name
+        run(trainer, data(12)[9:])
+
+
+@pytest.mark.parametrize("moments", ["carry", "reset"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_training_waits_until_all_values_have_left(
+    monkeypatch: pytest.MonkeyPatch, in_place: bool, moments: str
+) -> None:
+    """Those of tensors that no plan slices, too: they are trained where they are, and may leave last."""
+    held: list[Mark] = []
+    hold = Mark.hold
+    monkeypatch.setattr(Mark, "hold", lambda mark: (held.append(mark), hold(mark))[1])
+    monkeypatch.setattr(transfer, "PART", 256)
+    monkeypatch.setattr(workbench, "Swap", lambda *a, **_: Swap(*a, in_place=in_place))
+    with make("llama", overlap=True, state=moments, per_group_keep={"*mlp*": 0.5}) as trainer:
+        run(trainer, text(9))
+        held.clear()
+        trainer.begin_round()
+        left = trainer._bench._left
+        assert left.keys() == {"weights", *trainer.moments}
+        assert len(set(left["weights"].values())) > 3
+        assert held and {mark for marks in left.values() for mark in marks.values()} <= set(held)
+
+
+def test_what_was_begun_is_finished_when_a_loop_breaks_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Transfer.merge
+    monkeypatch.setattr(Transfer, "merge", lambda *a, **k: (time.sleep(0.05), whole(*a, **k))[1])
+    trainer = make("cnn", overlap=True)
+    with pytest.raises(RuntimeError, match="of the loop"), trainer:
+        run(trainer, data(6))
+        snapshot.save_meanwhile(trainer, CheckpointStore(tmp_path))
+        raise RuntimeError("of the loop")
+    assert find_checkpoint(tmp_path).meta["step"] == 6
+    assert trainer.boundary().numbers["steps"] == 6
 
 
 @pytest.mark.parametrize("step", ["gather", "merge"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from offload_trainer import UserError, snapshot
+from offload_trainer.device import ranks
 from offload_trainer.master import CheckpointStore, find_checkpoint
 from tests.test_offloader import ADAMW, SGD, data, network, offloader, run
 
@@ -95,6 +96,39 @@ def test_an_interrupt_within_a_write_back_waits(tmp_path: Path, monkeypatch: pyt
             run(trainer, data(5))
         assert (trainer.steps, trainer.rounds) == (5, 1)
         assert trainer.boundary().numbers["steps"] == 5
+
+
+def test_a_checkpoint_of_the_first_round_is_of_the_plan_that_s_starts_from(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with offloader(network(), sync_every=5) as whole:
+        whole.start_from({name: torch.rand(len(s), generator=generator) for name, s in whole.structure.s.items()}, 0.3)
+        run(whole, data(2))
+        snapshot.save(whole, CheckpointStore(tmp_path))
+        plan, losses = whole.plan, run(whole, data(12)[2:])
+    with offloader(network(seed=7), sync_every=5) as resumed:
+        snapshot.restore(resumed, find_checkpoint(tmp_path))
+        run(resumed, data(2))
+        assert resumed.plan == plan
+        assert run(resumed, data(12)[2:]) == losses
+
+
+def test_an_interrupt_before_a_write_back_forgets_what_the_round_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with offloader(network(), sync_every=5, control="linear") as trainer:
+        run(trainer, data(9))
+
+        def interrupted(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as once:
+            once.setattr(ranks, "average_buffers", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run(trainer, data(10)[9:])
+        assert trainer.steps == 5
+        ended = [run(trainer, data(12)[5:]), trainer.structure.state_dict()]
+    with offloader(network(), sync_every=5, control="linear") as trainer:
+        run(trainer, data(5))
+        assert ended[0] == run(trainer, data(12)[5:])
+        assert all(torch.equal(ended[1][name], x) for name, x in trainer.structure.state_dict().items())
 
 
 @pytest.mark.parametrize("overlap", [False, True])

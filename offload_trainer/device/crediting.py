@@ -47,12 +47,16 @@ class Crediting:
         self._sums = features if self._sums is None else self._sums + features
         self._batches += 1
 
+    def clear(self) -> None:
+        """Forget them: the round they are of has not been."""
+        self._sums, self._batches = None, 0
+
     def take(self, plan: Plan) -> dict[str, Tensor] | None:
         """Group → (2, kept units), the means over the batches since the last call; None if there were none."""
         if self._sums is None:
             return None
         means = (self._sums / self._batches).cpu()
-        self._sums, self._batches = None, 0
+        self.clear()
         sizes = [len(plan[name]) for name in self._slots]
         return dict(zip(self._slots, means.split(sizes, 1), strict=True))
 

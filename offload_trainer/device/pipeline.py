@@ -65,7 +65,10 @@ class Pipeline:
             work.exception()
 
     def close(self) -> None:
-        """Finish what is being done and leave the rest out."""
-        if self._worker is not None:
-            self._worker.shutdown(cancel_futures=True)
-        self._given.clear()
+        """Finish what was given; an interrupt leaves out what has not begun."""
+        try:
+            self.drain()
+        finally:
+            if self._worker is not None:
+                self._worker.shutdown(cancel_futures=True)
+            self._given.clear()

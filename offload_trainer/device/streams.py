@@ -1,5 +1,6 @@
 """What a GPU does beside training, on streams of their own. A CPU does at once what it is given."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -30,6 +31,12 @@ class Mark:
         if self._event is None or before._event is None:
             return 0.0
         return before._event.elapsed_time(self._event) / 1e3
+
+
+def hold_all(marks: Mapping[str, Mark]) -> None:
+    """The current stream waits for all of these."""
+    for mark in set(marks.values()):
+        mark.hold()
 
 
 class Lane:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from offload_trainer.device.elements import Index, on_device, patch
-from offload_trainer.device.streams import Lane, Mark
+from offload_trainer.device.streams import Lane, Mark, hold_all
 from offload_trainer.device.subnet import Subnet, TrainedSubnet
 from offload_trainer.device.transfer import Transfer
 from offload_trainer.groups.plan import Plan
@@ -81,11 +81,13 @@ class Swap:
                     if self._in_place:
                         slab[name].copy_(beside[name])
                     (beside if self._in_place else slab)[name].copy_(arrived)
+            hold_all(left["weights"])  # of tensors that no plan slices, too: they are trained where they are
             self._coming["weights"] = Mark(self._device)
             for moment in subnet.moments:
                 for waiting, slab in zip(staged[moment], subnet.slabs_of(moment), strict=True):
                     for name, arrived in self._arriving(waiting, slab, of_plan, left[moment]):
                         slab[name].copy_(arrived)
+                hold_all(left[moment])
             subnet.begin(clock)
             self._coming["moments"] = Mark(self._device, timed=True)
         self._last = begin, self._coming["moments"]

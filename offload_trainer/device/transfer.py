@@ -24,7 +24,7 @@ from offload_trainer.device.movers import Mover, Plain
 from offload_trainer.device.pipeline import in_background
 from offload_trainer.device.streams import Lane, Mark
 from offload_trainer.groups.plan import Plan
-from offload_trainer.master.precision import Rounding
+from offload_trainer.master.precision import Rounding, is_ordinary
 from offload_trainer.master.slab import Part, Slab
 
 PART = 2**27
@@ -77,12 +77,13 @@ class Unloading:
     """Of staging, each once it has arrived: the host waits for it."""
     left: Mapping[str, Mark]
     """When a tensor's values have left the device."""
-    errors: list[Tensor]
-    """Norms of what rounding changed, on the device."""
+    _excess: Tensor
+    _told: Mark
 
     def excess(self) -> float:
-        """Σ (value − rounded value)². The host waits for the device."""
-        return sum(float(error) ** 2 for error in self.errors)
+        """Σ (value − rounded value)², over all slabs."""
+        self._told.wait()
+        return float(self._excess)
 
 
 class Transfer:
@@ -165,14 +166,17 @@ class Transfer:
                     elif here.data_ptr() != there.data_ptr():
                         here.copy_(there, non_blocking=True)
                     queued.append((part, Mark(self._device)))
+        excess = torch.stack(errors).double().square().sum() if errors else torch.zeros(())
+        excess = excess.to("cpu", non_blocking=True)
         self._took("link", start)
         left = {name: mark for part, mark in queued for name in part.names}
-        return Unloading(self._arriving(queued), left, errors)
+        return Unloading(self._arriving(queued), left, excess, Mark(self._device))
 
     def _narrow(self, there: Tensor, here: Tensor, rounding: Rounding) -> Iterator[Tensor]:
         """Staging ← device, which is left with what it was rounded to. Yields norms of what that changed."""
+        ordinary = is_ordinary(there)  # asked once: the host waits for the answer
         for value, narrow in zip(there.split(LINK_CHUNK), here.split(LINK_CHUNK), strict=True):
-            rounded = rounding.narrow(value, int(value.storage_offset()))
+            rounded = rounding.narrow(value, int(value.storage_offset()), ordinary=ordinary)
             yield norm(value, rounded)
             value.copy_(rounded)
             narrow.copy_(rounded, non_blocking=True)

@@ -18,7 +18,7 @@ from offload_trainer.device import memory
 from offload_trainer.device.movers import Mover
 from offload_trainer.device.pipeline import Pipeline, in_background
 from offload_trainer.device.processes import transfer_threads
-from offload_trainer.device.streams import Mark
+from offload_trainer.device.streams import Mark, hold_all
 from offload_trainer.device.subnet import Subnet, TrainedSubnet
 from offload_trainer.device.swap import Swap
 from offload_trainer.device.transfer import Transfer, Unloading, Work, limited
@@ -134,7 +134,8 @@ class Workbench:
             self._gathered = plans
 
     def leave(self, steps: int, round: int) -> None:
-        """The values of a round, of this number and of `steps` steps, leave for staging. The host waits for nothing.
+        """The values of a round, of this number and of `steps` steps, leave for staging. The host waits for nothing,
+        unless the master is narrower (`is_ordinary`).
 
         `end` follows, or `clear` if they are not to reach the master. What was gathered must be there (`wait`).
         """
@@ -161,7 +162,7 @@ class Workbench:
 
         Returns how the newest write-back went that has come to its end: this one or, where rounds overlap, the last.
         """
-        before = self.written
+        before, self.broken = self.written, True
         for what, unloading in self._leaving:
             self.pipeline.do(partial(self._merge, what, unloading, self.subnet.plan))
         self.pipeline.do(self._ended)
@@ -202,6 +203,9 @@ class Workbench:
         start = perf_counter()
         try:
             self.pipeline.wait()
+        except BaseException:
+            self._gathered = ()  # what was to follow what failed was left out
+            raise
         finally:
             self.transfer.work.waited += perf_counter() - start
 
@@ -226,8 +230,8 @@ class Workbench:
     def _rest(self) -> None:
         """Training waits until nothing crosses the link; the host does not. Before memory there is used for more."""
         self._swap.hold("weights", "moments")
-        for mark in {mark for left in self._left.values() for mark in left.values()}:
-            mark.hold()
+        for left in self._left.values():
+            hold_all(left)
         self._left = {}
 
     def _take_reference(self, plan: Plan | None) -> None:
@@ -265,7 +269,6 @@ class Workbench:
 
     def _merge(self, what: str, leaving: Unloading, plan: Plan) -> None:
         if what == "weights":
-            self.broken = True
             squared = self.transfer.merge(leaving.parts, self._master.tensors, plan, delta=True)
             # Of rounded values: an unbiased estimate, less what rounding adds to it in expectation.
             self._squared = max(0.0, squared - leaving.excess())

@@ -21,7 +21,7 @@ from offload_trainer.files.writing import dtype_name, file_bytes, file_crc, writ
 from offload_trainer.master.interrupts import undivided
 
 META = "checkpoint.json"
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass(frozen=True)

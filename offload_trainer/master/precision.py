@@ -25,8 +25,10 @@ class Rounding:
     keys: tuple[int, ...]
     """Four signed 32-bit numbers."""
 
-    def narrow(self, values: Tensor, start: int) -> Tensor:
+    def narrow(self, values: Tensor, start: int, *, ordinary: bool = False) -> Tensor:
         """`values` (float32, contiguous, any shape) as bfloat16; `start` is the place of the first of them.
+
+        ordinary: whether they are known to be so (`is_ordinary`); else the host asks the device.
 
         What bfloat16 represents comes back as it is, NaN and infinities among it; what is finite stays finite.
         """
@@ -35,8 +37,7 @@ class Rounding:
         # A carry out of the lower half takes the value to its neighbour away from zero, across exponents too.
         bits >>= 16
         rounded = bits.to(torch.int16).view(torch.bfloat16)
-        low, high = values.aminmax()
-        if not torch.maximum(-low, high) <= LARGEST:  # so NaN as well; rare, thus not paid for by every call
+        if not ordinary and not is_ordinary(values):  # rare, thus not paid for by every call
             nearest = values.where(values.isinf(), values.clamp(-LARGEST, LARGEST)).to(torch.bfloat16)
             rounded = rounded.where(values.abs() <= LARGEST, nearest)
         return rounded
@@ -97,6 +98,14 @@ class Precision:
 
 
 FP32 = Precision()
+
+
+def is_ordinary(values: Tensor) -> bool:
+    """Whether all are numbers within the range of bfloat16. The host waits for the device."""
+    if not values.numel():
+        return True
+    low, high = values.aminmax()
+    return bool(torch.maximum(-low, high) <= LARGEST)  # not so of NaN
 
 
 def _signed(number: int) -> int:
