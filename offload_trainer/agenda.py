@@ -26,7 +26,7 @@ class Entry:
 
 
 class Agenda:
-    """Plans of the rounds, in order. All follows from the structure, whose state is all there is to a resume.
+    """Plans of the rounds, in order. All follows from the structure, its state, and two switches.
 
     reference: "next" compares a plan with the one that is trained after it, so plans are drawn two rounds ahead (by
         `look_ahead`, while a round trains), and with the s of then; "fresh" with one that is drawn for this alone.
@@ -77,6 +77,12 @@ class Agenda:
         self._structure.trained(plan, steps, now)
         if difference is not None or credit is not None:
             self._structure.update(difference, plan, credit)
+
+    def state_dict(self) -> dict[str, bool]:
+        return {"settled": self.settled, "starts_from_top": self.starts_from_top}
+
+    def load_state_dict(self, state: Mapping[str, bool]) -> None:
+        self.settled, self.starts_from_top = state["settled"], state["starts_from_top"]
 
     def top(self) -> Plan:
         """The units of the largest s; all of them where no group is sampled."""

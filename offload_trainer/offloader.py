@@ -23,7 +23,6 @@ from offload_trainer.master.precision import FP32, Precision
 from offload_trainer.rounds import Boundary, Round, RoundReport, Spent, Transfers, require_arguments
 from offload_trainer.structure import Structure
 
-BROKEN = "a write-back was broken off: the master is not that of any step"
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 
@@ -221,7 +220,7 @@ class Offloader:
         """
         self._bench.pipeline.drain()
         if self._boundary is None or self._bench.broken:
-            raise RuntimeError(BROKEN)
+            raise RuntimeError("a write-back was broken off: the master is not that of any step")
         return self._boundary.with_numbers(delta_norm=self._bench.written.delta_norm)
 
     def at_boundary(self, work: Callable[[Boundary], object]) -> None:
@@ -235,7 +234,7 @@ class Offloader:
         """Go on from a boundary; the master and its moments must hold what they held then."""
         numbers = boundary.numbers
         self.steps, self.rounds = numbers["steps"], numbers["rounds"]
-        self.agenda.settled, self.agenda.starts_from_top = numbers["settled"], numbers["starts_from_top"]
+        self.agenda.load_state_dict(numbers["agenda"])
         self.report = RoundReport(**numbers["report"])
         self._bench.clear()
         self._crediting.clear()
@@ -250,8 +249,7 @@ class Offloader:
         numbers = {
             "steps": self.steps,
             "rounds": self.rounds,
-            "settled": self.agenda.settled,
-            "starts_from_top": self.agenda.starts_from_top,
+            "agenda": self.agenda.state_dict(),
             "clock": self._bench.clock,
             "trained": self._bench.trained,
             "scalars": {name: dict(scalars) for name, scalars in self._master.scalars.items()},

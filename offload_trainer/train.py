@@ -29,6 +29,7 @@ from offload_trainer.prepare import Prepared, prepare
 from offload_trainer.result import best_of, recalibrate, recalibrate_master, save_export
 from offload_trainer.rounds import Meter
 from offload_trainer.starting import start
+from offload_trainer.stopping import stopping_together
 
 
 def train(config: Config) -> None:
@@ -92,7 +93,10 @@ def train(config: Config) -> None:
                 first_look = validate(config, run, offloader)
             monitor.log({"step": 0, "train_seconds": 0.0, "train_cpu_seconds": 0.0, **first_look})
 
-        with kept_when_broken_off(offloader, store, config, monitor):
+        with (
+            stopping_together(accelerator) as stop_if_asked,
+            kept_when_broken_off(offloader, store, config, monitor),
+        ):
             for batch in batches(run, offloader.steps, config.steps):
                 if offloader.steps >= settle_from:
                     offloader.settle()
@@ -123,6 +127,7 @@ def train(config: Config) -> None:
                     with meter.paused("checkpoint"):
                         save_checkpoint(offloader, store, config)
                 last_end = step if ended else last_end
+                stop_if_asked()
             offloader.finish_round()
 
         meter.stop()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -9,7 +10,9 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from subprocess import PIPE
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from offload_trainer import find_groups
 from offload_trainer.config import parse
+from offload_trainer.master import find_checkpoint
 from offload_trainer.prepare import prepare
 from offload_trainer.result import load_export
 from offload_trainer.run import main
@@ -221,6 +225,28 @@ def test_two_processes_give_the_losses_of_one(
         assert second.get("val_loss", 0) == pytest.approx(first.get("val_loss", 0), rel=1e-4)
     # On as many processes as divide the batch, from any checkpoint.
     assert main(["--config", file, "--out", two, "--resume", "auto"]) == 0
+
+
+def test_an_interrupt_of_one_process_stops_all_after_the_same_step(tmp_path: Path) -> None:
+    """The second of two is interrupted: both end in order, and the last whole round is kept."""
+    file = str(config(tmp_path, **custom("blobs"), **{"steps": 100_000, "checkpoint.every": 0}))
+    program = str(Path(sys.executable).with_name("torchrun"))
+    words = [program, "--nproc_per_node", "2", str(ROOT / "offload_trainer" / "run.py"), "--config", file]
+    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, stdout=PIPE, stderr=PIPE, text=True, env=os.environ | settings) as both:
+        log = tmp_path / "out" / "metrics.jsonl"
+        while not log.exists() or len(log.read_text().splitlines()) < 30:
+            assert both.poll() is None, both.stderr.read() if both.stderr else ""
+            time.sleep(0.2)
+        ranks = psutil.Process(both.pid).children()
+        second = next(rank for rank in ranks if rank.environ()["RANK"] == "1")
+        second.send_signal(signal.SIGTERM)
+        _, said = both.communicate(timeout=120)
+    assert said.count("interrupted\n") == 2, said
+    step = find_checkpoint(tmp_path / "out" / "checkpoints").meta["step"]
+    steps = [record["step"] for record in metrics(tmp_path / "out")]
+    assert steps == list(range(1, len(steps) + 1)) and step == steps[-1] // 4 * 4 > 0
+    assert main(["--config", file, "--resume", "auto", "--steps", str(step + 4)]) == 0
 
 
 def test_processes_that_do_not_divide_the_batch_are_told_so(

@@ -226,7 +226,7 @@ def test_what_credit_predicts_is_taken_out_and_its_mean_added_back(estimator: An
         assert gradient is not None
         errors.append(float((gradient - 0.5 * c).norm() / (0.5 * c).norm()))
     before, after = sum(errors[:10]) / 10, sum(errors[-100:]) / 100
-    assert before > 1 and after < 0.05 * before  # the regression shrinks a little
+    assert before > 1 and after < 0.07 * before  # some doubt remains
 
 
 @pytest.mark.parametrize("arguments", [{"control": "linear"}, {"estimator": "credit"}])

@@ -52,6 +52,14 @@ def mean(accelerator: Accelerator, value: Tensor) -> float:
     return float(accelerator.reduce(value.detach().reshape(1).float(), reduction="mean"))  # type: ignore[arg-type]
 
 
+def anywhere(accelerator: Accelerator, value: bool) -> bool:
+    """Whether it is so on any rank. With several the host waits for the device here."""
+    if accelerator.num_processes == 1:
+        return value
+    total: Any = accelerator.reduce(torch.tensor(float(value), device=accelerator.device), reduction="sum")
+    return bool(total)
+
+
 def gather(accelerator: Accelerator, value: Any) -> list[Any]:
     """The value of every rank, in rank order."""
     return gather_object([value]) if accelerator.num_processes > 1 else [value]

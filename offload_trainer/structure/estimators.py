@@ -74,6 +74,21 @@ Estimate = Callable[[Tensor, Tensor, Tensor, Tensor, float | Tensor, float], Ten
 ESTIMATORS: dict[str, Estimate] = {"rloo": rloo, "vr_pge": vr_pge, "disarm": disarm}
 
 
+def controlled(
+    estimate: Estimate,
+    s: Tensor,  # (n,)
+    m: Tensor,  # (n,)
+    s2: Tensor,  # (n,)
+    m2: Tensor,  # (n,)
+    d: float,
+    alpha: float,
+    c: Tensor,  # (n,): what a unit is expected to add to the loss, by what was known before this pair
+) -> Tensor:  # (n,)
+    """An estimate, less what c predicts of it, and the known mean of that: a control variate."""
+    predicted = float(c.double() @ (m.double() - m2.double()))
+    return estimate(s, m, s2, m2, d - predicted, alpha) + known_mean(estimate, s, s2, c, alpha)
+
+
 def known_mean(
     estimate: Estimate,
     s: Tensor,  # (n,)

@@ -86,7 +86,7 @@ class Pool:
             part[kept[name]] = True
         return mask
 
-    def centred(self, c: Tensor, s: Tensor, *, twins: bool = False) -> Tensor:  # (n,) all
+    def centred(self, c: Tensor, s: Tensor, *, twins: bool = False) -> Tensor:  # (n,) all, float32
         """c, moved by a number for each group so that its weighted mean is 0 there, where a group's width never varies.
 
         Both masks of a pair keep as many units then, so cᵀ(m − m′) stays the same; and a common part of c says nothing
@@ -94,7 +94,7 @@ class Pool:
         min(s, 1 − s).
         """
         if self._sampler != "fixed":
-            return c
+            return c.float()
         c, s = c.double(), s.double()  # sums in float32 would depend on the number of threads
         variance = torch.minimum(s, 1 - s) if twins else s * (1 - s)
         shift = [

@@ -12,8 +12,10 @@ from offload_trainer.structure.arguments import SCORES, Budget, Control, Estimat
 from offload_trainer.structure.budgets import GroupLike, ScheduleName, group_budgets, require
 from offload_trainer.structure.coverage import Coverage, portrait
 from offload_trainer.structure.credit import Credit
+from offload_trainer.structure.descent import Descent
 from offload_trainer.structure.drawn import AHEAD, Drawn
-from offload_trainer.structure.estimators import ESTIMATORS, known_mean, rloo
+from offload_trainer.structure.effects import Effects
+from offload_trainer.structure.estimators import ESTIMATORS, controlled, rloo
 from offload_trainer.structure.pool import Kept, Pool
 from offload_trainer.structure.starts import polarised
 
@@ -33,8 +35,8 @@ class Structure:
         "credit" needs no pairs: s is polarised (starts.py) by how much the loss reacts to each unit, in the backward
         passes of the subnets that had it (credit.py). That is biased: it knows units only as they were trained.
         "magnitude" is the same by the size of the weights that read a unit. Units never trained count alike in both.
-    control: "linear": what credit predicts of d is taken out of it, and the known mean of that added back; exact with
-        "bernoulli", with "fixed" but for a factor that all units share.
+    control: "linear": what earlier pairs and credit predict of d (effects.py) is taken out of it, and the known mean of
+        that added back; exact with "bernoulli", with "fixed" but for a factor that all units share.
     explore, explore_steps: for these two: share of a subnet's units that is expected to lie outside the best, and the
         optimizer steps in which that falls to zero, in a straight line; 0: it does not.
     sampler: "fixed" keeps round(sum of s) units of a group, "bernoulli" draws each on its own (samplers.py).
@@ -106,15 +108,11 @@ class Structure:
             s.fill_(self._pool.allowance(name, 0) / s.numel())
         self._scores = torch.zeros_like(self._flat)
         self._outside = 0.0  # the share of a subnet's units outside the best by scores; 0: there are no scores
-        self._drawn, self.coverage, self._credit = Drawn(units), Coverage(units), Credit(units)
-        self._adam = torch.optim.Adam([self._flat], lr=lr)
-        # Made here and not by the first step, so that state_dict always has the same keys.
-        self._moments: dict[str, Tensor] = {
-            "step": torch.zeros((), dtype=torch.float32, device="cpu"),
-            "exp_avg": torch.zeros_like(self._flat),
-            "exp_avg_sq": torch.zeros_like(self._flat),
-        }
-        self._adam.state[self._flat] = self._moments
+        self._drawn, self.coverage = Drawn(units), Coverage(units)
+        self._credit, self._effects = Credit(units), Effects(units, remembers=control == "linear")
+        self._descent = Descent(self._flat, lr)
+        self._parts = {"adam": self._descent, "drawn": self._drawn, "coverage": self.coverage}
+        self._parts |= {"credit": self._credit, "effects": self._effects}
 
     @property
     def flat(self) -> Tensor:
@@ -211,14 +209,12 @@ class Structure:
         if self.estimator == "disarm" and not self._drawn.twin[1]:
             estimate = rloo  # the second of twins and the first of the next two: drawn independently
         if self.control == "linear":
-            known, difference = self._credit.known(self._pool.sizes), m.float() - m2.float()
-            c = self._pool.centred((self._credit.worth @ known.double()).float(), s, twins=bool(self._drawn.twin[1]))
-            gradient = estimate(s, m, s2, m2, d - float(c.double() @ difference.double()), self.alpha)
-            self._flat.grad = gradient + known_mean(estimate, s, s2, c, self.alpha)
-            self._credit.compare(difference, known, d)
+            effects = self._effects.expected(self._credit.known(self._pool.sizes))
+            c = self._pool.centred(self._effects.trust() * effects, s, twins=bool(self._drawn.twin[1]))
+            self._descent.step(controlled(estimate, s, m, s2, m2, d, self.alpha, c))
+            self._effects.compare(m, m2, d, effects)
         else:
-            self._flat.grad = estimate(s, m, s2, m2, d, self.alpha)
-        self._adam.step()
+            self._descent.step(estimate(s, m, s2, m2, d, self.alpha))
         self._pool.project(self._flat, self.step)
 
     def _see(self, kept: Mapping[str, Tensor], credit: Mapping[str, Tensor]) -> None:
@@ -252,13 +248,10 @@ class Structure:
         """Copies of all that changes, as plain tensors: `load_state_dict` continues from them bit for bit."""
         return {
             "s": self._flat.clone(),
-            **{f"adam.{key}": value.clone() for key, value in self._moments.items()},
             "scores": self._scores.clone(),
             "outside": torch.tensor(self._outside, dtype=torch.float64, device="cpu"),
             "step": torch.tensor(self.step, device="cpu"),
-            **{f"drawn.{key}": value for key, value in self._drawn.state_dict().items()},
-            **{f"coverage.{key}": value for key, value in self.coverage.state_dict().items()},
-            **{f"credit.{key}": value for key, value in self._credit.state_dict().items()},
+            **{f"{kind}.{key}": x for kind, part in self._parts.items() for key, x in part.state_dict().items()},
             "units": torch.tensor(self._pool.sizes, dtype=torch.long, device="cpu"),  # of each group
             "generator": self._generator.get_state(),  # uint8
         }
@@ -274,11 +267,9 @@ class Structure:
                 f" the model and keep ratios of this run ({len(self.names)}, {self._flat.numel()})"
             )
         self._flat.copy_(state["s"])
-        for key, value in self._moments.items():
-            value.copy_(state[f"adam.{key}"])
         self._scores, self._outside = state["scores"].clone(), float(state["outside"])
         self.step = int(state["step"])
-        for kind, part in (("drawn", self._drawn), ("coverage", self.coverage), ("credit", self._credit)):
+        for kind, part in self._parts.items():
             part.load_state_dict({key: state[f"{kind}.{key}"] for key in part.state_dict()})
         self._generator.set_state(state["generator"])
 

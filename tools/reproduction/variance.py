@@ -5,6 +5,7 @@ units are worth, so that nine tenths of a subnetwork are nearly certain): the es
 pairs of masks, each with a batch of its own, and its variance, summed over the units, is compared with that of VR-PGE.
 "linear" is the control variate: it knows the pairs before, and what the backward pass of each first mask says of its
 units, as in training, where that pass is made anyway. The first pairs, from which it learns, do not count.
+Weights stand still here; where they move from pair to pair, earlier ones tell less.
 """
 
 import argparse
@@ -30,7 +31,8 @@ from offload_trainer.master import find_checkpoint
 from offload_trainer.structure import Structure, polarised
 from offload_trainer.structure.budgets import GroupBudget
 from offload_trainer.structure.credit import Credit
-from offload_trainer.structure.estimators import ESTIMATORS, known_mean
+from offload_trainer.structure.effects import Effects
+from offload_trainer.structure.estimators import ESTIMATORS, controlled
 from offload_trainer.structure.pool import Pool
 from offload_trainer.structure.schedules import constant
 from offload_trainer.tasks import Task, build_task
@@ -39,6 +41,8 @@ from reproduction.runs import ROOT, SHORT, finish
 
 CONFIGS = {"image": "resnet32_cifar10", "text": "quickstart"}
 KINDS = ("as trained", "flat", "polarised")
+ALPHA = 0.5
+"""Exponent of the preconditioner."""
 EXPLORE = 0.1
 """Share of a subnet's units outside the best, where s is polarised."""
 NAMES = [f"{name}{control}" for name in ("vr_pge", "rloo", "disarm") for control in ("", ", linear")]
@@ -145,22 +149,24 @@ class Trial:
         """Of each estimator, summed over the units."""
         s, pool, estimates = self._s_of(kind), self._pool, {name: list[Tensor]() for name in NAMES}
         generator = torch.Generator().manual_seed(options.seed)
-        known = {twins: Credit(pool.units) for twins in (False, True)}
+        credits = {twins: Credit(pool.units) for twins in (False, True)}
+        effects = {twins: Effects(pool.units) for twins in (False, True)}
         for i in range(options.burn_in + options.pairs):
             batch = send_to_device(self._task.train[self._batches_from + i], self._device)
             alone = [pool.draw(s, 0, generator) for _ in range(2)]
             twins = list(pool.twins(s, 0, generator))
             pairs = {False: self._pair(alone, batch), True: self._pair(twins, batch)}
-            for name in NAMES if i >= options.burn_in else ():
-                estimator, _, control = name.partition(", ")
-                is_twin = estimator == "disarm"
-                masks, d, _ = pairs[is_twin]
-                estimates[name].append(estimate(estimator, s, masks, d, pool, known[is_twin] if control else None))
             for is_twin, (masks, d, said) in pairs.items():
-                m, m2 = masks
-                known[is_twin].compare(m.float() - m2.float(), known[is_twin].known(pool.sizes), d)
-                for credit in (known[is_twin], self._judged):
-                    credit.see(m, said)
+                known = effects[is_twin].expected(credits[is_twin].known(pool.sizes))
+                if i >= options.burn_in:
+                    c = pool.centred(effects[is_twin].trust() * known, s, twins=is_twin)
+                    for name in ("disarm",) if is_twin else ("vr_pge", "rloo"):
+                        estimate = ESTIMATORS[name]
+                        estimates[name].append(estimate(s, masks[0], s, masks[1], d, ALPHA))
+                        estimates[f"{name}, linear"].append(controlled(estimate, s, masks[0], s, masks[1], d, ALPHA, c))
+                effects[is_twin].compare(masks[0], masks[1], d, known)
+                for credit in (credits[is_twin], self._judged):
+                    credit.see(masks[0], said)
         return {name: float(torch.stack(made).var(0).sum()) for name, made in estimates.items()}
 
     def _s_of(self, kind: str) -> Tensor:
@@ -186,17 +192,6 @@ class Trial:
         said = self._crediting.take(Plan(self._groups, self._pool.kept(masks[0])))
         assert said is not None
         return masks, losses[0] - losses[1], torch.cat([said[name].cpu() for name in self._pool.names], 1)
-
-
-def estimate(
-    name: str, s: Tensor, masks: list[Tensor], d: float, pool: Pool, credit: Credit | None, alpha: float = 0.5
-) -> Tensor:  # (n,)
-    """An estimator's gradient from one pair; less what credit predicts of it, if that is given."""
-    of, (m, m2) = ESTIMATORS[name], masks
-    if credit is None:
-        return of(s, m, s, m2, d, alpha)
-    c = pool.centred((credit.worth @ credit.known(pool.sizes).double()).float(), s)
-    return of(s, m, s, m2, d - float(c @ (m.float() - m2.float())), alpha) + known_mean(of, s, s, c, alpha)
 
 
 def draw(records: list[dict[str, Any]], file: Path) -> None:
