@@ -14,6 +14,7 @@ from offload_trainer.device import footprint
 from offload_trainer.device.footprint import Footprint
 from offload_trainer.errors import UserError
 from offload_trainer.groups import Groups, Plan
+from offload_trainer.groups.observing import quiet
 from offload_trainer.groups.slicing import named_tensors
 from offload_trainer.master.master import stored_weights
 from offload_trainer.master.precision import Precision
@@ -109,13 +110,15 @@ class Passes:
     def _validation(self, batch: Any, plan: Plan | None = None) -> Footprint:
         """By the loss, which takes as much, where a metric cannot do without values."""
         try:
-            return self._forward(self.metrics_fn, batch, plan)
+            with quiet():
+                return self._forward(self.metrics_fn, batch, plan)
         except Exception:
             return self._counted(lambda: self._forward(self.loss_fn, batch, plan))
 
     def _counted(self, run: Callable[[], Footprint]) -> Footprint:
         try:
-            return run()
+            with quiet():
+                return run()
         except UserError:
             raise
         except Exception as error:  # a user's function may look at values, and there are none

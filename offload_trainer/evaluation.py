@@ -10,6 +10,7 @@ from accelerate.utils import AutocastKwargs, send_to_device
 from torch import Tensor, nn
 
 from offload_trainer.device import ranks
+from offload_trainer.errors import UserError
 from offload_trainer.groups.slicing import named_tensors, with_tensors
 
 MetricsFn = Callable[[nn.Module, Any], Mapping[str, Tensor]]
@@ -47,6 +48,8 @@ def evaluate(
     every = ranks.gather(accelerator, (sums, total))  # a rank without a batch has no sums
     names = dict.fromkeys(name for part, _ in every for name in part)
     weight = sum(share for _, share in every)
+    if not weight:
+        raise UserError(f"validation: its {len(batches)} batches hold no rows to take a mean over")
     return {name: sum(part.get(name, 0.0) for part, _ in every) / weight for name in names}
 
 

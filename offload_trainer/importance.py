@@ -19,8 +19,7 @@ from offload_trainer.device import ranks
 from offload_trainer.evaluation import streamed
 from offload_trainer.groups import Groups
 from offload_trainer.groups.readers import Reader, find_readers, read_slots
-
-LossFn = Callable[[nn.Module, Any], Tensor]
+from offload_trainer.offloader import LossFn
 
 
 def importance(

@@ -32,8 +32,7 @@ class Offloader:
     model: taken over; its tensors move into the master's slabs. On the meta device it needs `materialise`, which
         fills the (by then real) tensors in place.
     loss_fn: `loss_fn(module, batch)` → scalar tensor, the mean over the batch.
-    optimizer: makes the optimizer of a list of parameters.
-    sync_every: K, optimizer steps between two samplings.
+    optimizer: makes the optimizer of a list of parameters. sync_every: K, optimizer steps between two samplings.
     state: "carry" keeps the optimizer's moments in the master; "reset" starts them anew with every round.
     clip_norm: of gradients, at most. compile: `torch.compile` the subnet (constant widths); "graphs": as CUDA graphs.
     reference: what a subnet is compared with: the one trained "next", or a "fresh" one (agenda.py).
@@ -110,6 +109,7 @@ class Offloader:
             raise RuntimeError("step() follows loss() and a backward pass: this round has seen no loss yet")
         running, subnet = self._round, self._bench.subnet
         ranks.average_gradients(self.accelerator, subnet.parameters)
+        running.require_gradients(subnet.parameters, self._master.model)
         if running.steps >= self.sync_every - LAST and not self.agenda.settled:
             self._crediting.add(subnet.plan, subnet.parameters)
         if self.clip_norm is not None:

@@ -64,13 +64,13 @@ class Prepared:
         return shard(self.task.train[step], self.accelerator.process_index, self.accelerator.num_processes)
 
     def parts(self, steps: Iterable[int]) -> list[Any]:
-        """This process's share of these steps' batches, in the parts in which a batch is taken, on the host. One that
-        cannot be parted evenly, such as the last of a loader, is taken whole."""
-        found = []
-        for batch in map(self.local, steps):
-            count = self.config.micro_batches if batch_rows(batch) % self.config.micro_batches == 0 else 1
-            found += [shard(batch, i, count) for i in range(count)]
-        return found
+        """This process's share of these steps' batches, in the parts in which a batch is taken, on the host."""
+        return [part for batch in map(self.local, steps) for part in self.micro_batches(batch)]
+
+    def micro_batches(self, batch: Any) -> list[Any]:
+        """The parts in which a batch is taken: one that does not divide, such as the last of a loader, whole."""
+        count = self.config.micro_batches if batch_rows(batch) % self.config.micro_batches == 0 else 1
+        return [shard(batch, i, count) for i in range(count)]
 
     def through_master(self, batch: Any) -> list[Any]:
         """A batch, in the parts in which it passes through the full master."""

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from errno import ENOSPC
 from pathlib import Path
@@ -22,11 +22,10 @@ from offload_trainer.evaluation import UNCACHED, streamed
 from offload_trainer.files.format import INDEX, WEIGHTS
 from offload_trainer.files.writing import write_shards
 from offload_trainer.groups import Groups, Plan
-from offload_trainer.groups.slicing import named_tensors, rebuild
+from offload_trainer.groups.slicing import named_tensors, rebuild, take
 from offload_trainer.master.checkpoint import write_json
-from offload_trainer.offloader import Offloader
+from offload_trainer.offloader import LossFn, Offloader
 
-LossFn = Callable[[nn.Module, Any], Tensor]
 PLAN = "plan.json"
 
 
@@ -137,7 +136,7 @@ def _exported(name: str, full: Tensor, stored: dict[str, Any], plan: Plan, folde
     elif full.is_meta:
         raise UserError(f"{folder} does not hold {name}, and the model is on the meta device")
     else:
-        tensor = full.detach().clone()  # a buffer that is not saved
+        tensor = take(full.detach(), plan, name).clone()  # a buffer that is not saved
     if tensor.shape != plan.shape(name):
         there, here = tuple(tensor.shape), tuple(plan.shape(name))
         raise UserError(f"{folder} is of another model: {name} is {there} there, {here} by its plan")

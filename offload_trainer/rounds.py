@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from offload_trainer.device import ranks
 from offload_trainer.device.transfer import Work
@@ -58,6 +58,19 @@ class Round:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise UserError(f"loss_fn(module, batch) must return a scalar tensor; it returned {what}")
         self.losses.append(loss.detach().clone())  # a CUDA graph overwrites it in the next step
+
+    def require_gradients(self, parameters: Mapping[str, nn.Parameter], model: nn.Module) -> None:
+        """At its first step: raise unless the subnet's parameters have gradients, and the full model's have none."""
+        if self.steps:
+            return
+        stray = next((name for name, parameter in model.named_parameters() if parameter.grad is not None), None)
+        if stray is not None:
+            raise UserError(
+                f"the loss reaches {stray} of the model itself, not of the subnet: loss_fn must compute with the module"
+                " it is given, and no function or hook that a module keeps may refer to the model"
+            )
+        if all(parameter.grad is None for parameter in parameters.values()):
+            raise RuntimeError("step() follows loss() and a backward pass: no parameter of the subnet has a gradient")
 
     def outcome(
         self, accelerator: Accelerator, weights: Tensor, credit: Mapping[str, Tensor] | None, steps: int, rounds: int

@@ -21,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from offload_trainer.groups import Groups, Plan
 from offload_trainer.groups.readers import Reader, find_readers
-from offload_trainer.importance import LossFn, means_over_inputs
+from offload_trainer.importance import means_over_inputs
+from offload_trainer.offloader import LossFn
 
 RIDGE = 0.1
 """Λ, for each feature relative to its mean square: a few batches do not tell all of C, and a few features are huge."""

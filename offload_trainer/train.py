@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from offload_trainer.config.base import size_in_bytes
 from offload_trainer.device import memory
 from offload_trainer.errors import UserError
 from offload_trainer.evaluation import evaluate, evaluate_full
+from offload_trainer.files.writing import sole_writer
 from offload_trainer.forecast import show_forecast
 from offload_trainer.groups import Plan
 from offload_trainer.making import master_folder, resumable
@@ -45,6 +46,7 @@ def train(config: Config) -> None:
     torch.manual_seed(config.seed)  # the initial weights depend on nothing that came before
     before_master = memory.host_bytes()
     with (
+        sole_writer(Path(config.out)) if accelerator.is_main_process else nullcontext(),
         Offloader(
             task.model,
             run.groups,
@@ -101,7 +103,7 @@ def train(config: Config) -> None:
                 if offloader.steps >= settle_from:
                     offloader.settle()
                 set_learning_rate(offloader.optimizer, config, offloader.steps)
-                parts = [shard(batch, i, config.micro_batches) for i in range(config.micro_batches)]
+                parts = run.micro_batches(batch)
                 losses = [train_on(part, offloader, len(parts)) for part in parts]
                 record: dict[str, Any] = {}
                 with undivided():  # no step without its record

@@ -233,6 +233,10 @@ def wrong(part: str) -> dict[str, Any]:
         "nothing": {"metric": lambda module, batch: None},
         "val": {"val": [(points[:, :5], labels)]},
         "widths": {"widths": 5},
+        "another model": {"loss": lambda module, batch: cross_entropy(model, batch)},
+        "half the model": {"loss": lambda module, batch: cross_entropy(module, batch) + model[0].weight.square().sum()},
+        "odd end": {"train": [*made["train"][:2], (points[:9], labels[:9])]},
+        "no rows": {"val": [(points[:0], labels[:0])]},
         "square": {"model": nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))},
     }
     if part == "type":

@@ -12,10 +12,11 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from offload_trainer import offloader as offloader_module
 from offload_trainer import train
 from offload_trainer.device import memory
+from offload_trainer.files.writing import sole_writer
 from offload_trainer.master import CheckpointStore
 from offload_trainer.monitor import Monitor
 from offload_trainer.run import main
-from tests.runs import config, custom, launch, metrics
+from tests.runs import ROOT, config, custom, launch, metrics
 
 
 @pytest.fixture
@@ -77,6 +78,13 @@ CASES: dict[str, tuple[dict[str, object], list[str], str]] = {
     "a metric that fails": (custom("wrong", part="metric"), [], "metric, on a batch of val, raised KeyError: 'acc' ("),
     "a metric of nothing": (custom("wrong", part="nothing"), [], "metric metric must return a scalar tensor"),
     "val of another width": (custom("wrong", part="val"), [], "metric, on a batch of val, raised RuntimeError: mat1"),
+    "a loss of the model itself": (
+        custom("wrong", part="another model"),
+        [],
+        "loss reaches 0.weight of the model itself",
+    ),
+    "and of both": (custom("wrong", part="half the model"), [], "loss reaches 0.weight of the model itself"),
+    "val of no rows": (custom("wrong", part="no rows"), [], "val: its first batch holds no rows"),
     "rules for widths": (custom("wrong", part="widths"), [], "widths must be a dict of rules; it is int"),
     "a tensor that no file holds": (custom("wrong", part="type"), [], "ticks: tensors of torch.uint16 cannot be saved"),
     "nothing to train": (custom("wrong", part="frozen"), [], "no parameter of the model is trained"),
@@ -288,6 +296,33 @@ def test_a_loss_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture
     last = ["--steps", "10", "--checkpoint.every", "0", "--out", str(tmp_path / "last")]
     assert "the loss is nan at step 10, round 2" in one_line(capsys, main(["--config", file, *last]))
     assert [path.name for path in (tmp_path / "last" / "checkpoints").iterdir()] == ["step-00000008"]
+
+
+def test_a_folder_that_another_run_writes_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(config(tmp_path, steps=4, **custom("blobs")))
+    out = tmp_path / "out"
+    out.mkdir()
+    with sole_writer(out):
+        assert f"out ({out}): another run writes there" in one_line(capsys, main(["--config", file]))
+        assert not list(out.iterdir())
+    assert main(["--config", file]) == 0
+
+
+def test_what_fails_on_fake_tensors_says_one_line(tmp_path: Path) -> None:
+    """Torch logs a traceback for every op that fails there, to the standard error of the process's start."""
+    file = config(tmp_path, **custom("wrong", part="val"))
+    done = launch("python", str(ROOT / "offload_trainer" / "run.py"), "--config", str(file), PYTHONPATH=str(ROOT))
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("task: &a\n  kind: *a\n", "task.kind holds itself, by an alias"), ("[" * 3000, "nested too deeply")],
+)
+def test_a_file_without_an_end(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str) -> None:
+    file = tmp_path / "odd.yaml"
+    file.write_text(text)
+    assert said in one_line(capsys, main(["--config", str(file)]))
 
 
 def test_a_host_that_is_too_small(

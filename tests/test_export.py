@@ -32,9 +32,9 @@ from offload_trainer import result
 from offload_trainer.config import parse
 from offload_trainer.errors import UserError
 from offload_trainer.files.writing import split, write_shards
-from offload_trainer.groups import Groups, Plan, find_groups, slice_module
+from offload_trainer.groups import Groups, Plan, find_groups, random_plan, slice_module
 from offload_trainer.master import find_checkpoint
-from offload_trainer.result import load_export, saved_tensors
+from offload_trainer.result import load_export, save_export, saved_tensors
 from offload_trainer.run import main
 from offload_trainer.tasks import build_task
 from offload_trainer.tasks.hf_config import fitted_config
@@ -429,3 +429,24 @@ def test_the_byte_tokenizer_is_bytes():
     every = "".join(chr(i) for i in [*range(0x3000), *range(0x1F600, 0x1F640)])
     assert tokenizer(every)["input_ids"] == list(every.encode())
     assert LLAMA["vocab_size"] == 256
+
+
+class Scaled(nn.Module):
+    """With a buffer that is sliced and not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 5)
+        self.register_buffer("scale", torch.linspace(0.5, 1.5, 16), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last((self.first(x) * self.scale).relu())
+
+
+def test_a_buffer_that_is_not_saved_is_sliced_from_the_models(tmp_path: Path) -> None:
+    model, x = Scaled(), torch.randn(3, 6)
+    groups = find_groups(model, (x,))
+    plan = random_plan(groups, torch.Generator().manual_seed(0), 0.5)
+    small = slice_module(model, plan, groups).eval()
+    save_export(small, plan, tmp_path, 10**9)
+    assert torch.equal(load_export(tmp_path, Scaled(), groups)(x), small(x))

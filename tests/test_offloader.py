@@ -1,5 +1,6 @@
 """The rounds: DESIGN §10, 1 and 2, and what a round must not do."""
 
+import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -651,3 +652,109 @@ def test_a_structure_of_other_groups_is_refused() -> None:
     structure = Structure([Group("elsewhere", 4, ())])
     with pytest.raises(UserError, match="which the model's groups do not"):
         Offloader(network(), groups, loss_fn, optimizer=ADAMW, structure=structure)
+
+
+class Rebinding(nn.Module):
+    """Puts new tensors in the place of a buffer and of a weight's data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16, bias=False), nn.Linear(16, 5)
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.first.weight.data = nn.functional.normalize(self.first.weight.data, dim=1)
+        y = self.first(x)
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+        return self.last((y - self.mean).relu())
+
+
+def squared(module: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return module(batch).square().mean()
+
+
+def rebinding(model: nn.Module, keep: float, *, overlap: bool) -> Offloader:
+    groups = find_groups(model, (torch.zeros(3, 6),))
+    return Offloader(
+        model, groups, squared, optimizer=ADAMW, structure=Structure(groups, keep), sync_every=4, overlap=overlap
+    )
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_a_forward_rebinds_is_trained_and_written_back(overlap: bool) -> None:
+    torch.manual_seed(0)
+    model, rows = Rebinding(), torch.randn(14, 8, 6) + 1
+    plain = copy.deepcopy(model)
+    optimizer = ADAMW(list(plain.parameters()))
+    with rebinding(copy.deepcopy(model), 1.0, overlap=overlap) as trainer:
+        losses = run(trainer, rows)
+        trainer.finish_round()
+        for row, loss in zip(rows, losses, strict=True):
+            own = squared(plain.train(), row)
+            own.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert own.item() == loss
+        for name, tensor in plain.state_dict().items():
+            assert torch.equal(trainer.master[name], tensor), name
+    with rebinding(model, 0.5, overlap=overlap) as trainer:
+        for _ in range(3):
+            trainer.begin_round()
+            sliced = slice_module(trainer.model, trainer.plan, trainer.groups).state_dict()
+            for name, tensor in trainer.subnet.state_dict().items():
+                assert torch.equal(tensor, sliced[name]), name
+            run(trainer, rows[:4])
+        assert trainer.master["mean"].any()
+
+
+class Kept(nn.Module):
+    """Calls a layer through a function that it keeps, which a copy of the module does not copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 5)
+        self.function = lambda x: self.first(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.function(x).relu())
+
+
+def test_a_model_that_computes_with_what_a_copy_of_it_does_not_own_is_refused() -> None:
+    with pytest.raises(UserError, match=r"computes with first.weight of the model itself"):
+        find_groups(Kept(), (torch.zeros(3, 6),))
+    with pytest.raises(UserError, match=r"example_inputs \(Tensor\) must be a tuple"):
+        find_groups(Kept(), torch.zeros(3, 6))  # type: ignore[arg-type]
+
+
+def test_a_loss_of_the_model_itself_or_of_nothing_ends_at_the_first_step() -> None:
+    model = network()
+    groups = find_groups(model, (torch.zeros(3, 3, 8, 8),))
+    structure = Structure(groups, 0.5)
+    with Offloader(
+        model, groups, lambda _, batch: loss_fn(model, batch), optimizer=SGD, structure=structure
+    ) as trainer:
+        with pytest.raises(UserError, match=r"the loss reaches 0.weight of the model itself"):
+            run(trainer, data(1))
+        trainer._round = None
+    with offloader(network()) as trainer:
+        trainer.loss(data(1)[0])
+        with pytest.raises(RuntimeError, match="no parameter of the subnet has a gradient"):
+            trainer.step()
+        trainer._round = None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_s_does_not_depend_on_the_default_type(dtype: torch.dtype) -> None:
+    found = []
+    for default in (torch.float32, dtype):
+        trainer, batches = offloader(network(), control="linear"), data(14)
+        torch.set_default_dtype(default)
+        try:
+            with trainer:
+                run(trainer, batches)
+                found.append(trainer.structure.flat.clone())
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(*found)

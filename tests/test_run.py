@@ -149,6 +149,16 @@ def test_calibration_takes_batches_in_the_same_parts(tmp_path: Path) -> None:
     assert [len(part) for part in odd.parts([0])] == [3]
 
 
+def test_a_last_batch_that_does_not_divide_is_taken_whole(tmp_path: Path) -> None:
+    """As a loader has one at the end of an epoch."""
+    losses = []
+    for parts in ("4", "1"):
+        file = str(config(tmp_path, steps=3, **custom("wrong", part="odd end")))
+        assert main(["--config", file, "--micro_batches", parts, "--out", str(tmp_path / parts)]) == 0
+        losses.append([record["loss"] for record in metrics(tmp_path / parts)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_a_loss_that_needs_its_batch_whole_gets_it(tmp_path: Path) -> None:
     """Of the master's evaluation too, whatever it takes."""
     file = config(tmp_path, **custom("paired_rows"), **{"structure.keep": 0.1})

@@ -74,17 +74,23 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 def _require_once(file: str) -> None:
     """Raise `UserError` for a key that a file gives twice: the reader would take the last. What is no YAML it tells."""
     try:
-        waiting: list[tuple[str, Any]] = [("", yaml.compose(Path(file).read_bytes(), Loader=yaml.SafeLoader))]
+        root = yaml.compose(Path(file).read_bytes(), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, OSError):
         return
+    except RecursionError:
+        raise UserError(f"--config ({file}) is nested too deeply") from None
+    waiting: list[tuple[str, Any, tuple[int, ...]]] = [("", root, ())]
     met: set[int] = set()  # an alias is the node it stands for
     while waiting:
-        prefix, node = waiting.pop(0)
+        prefix, node, around = waiting.pop(0)
+        if id(node) in around:
+            raise UserError(f"--config ({file}): {prefix.rstrip('.')} holds itself, by an alias")
         if id(node) in met:
             continue
         met.add(id(node))
+        around = (*around, id(node))
         if isinstance(node, yaml.SequenceNode):
-            waiting += [(prefix, value) for value in node.value]
+            waiting += [(prefix, value, around) for value in node.value]
         elif isinstance(node, yaml.MappingNode):
             lines: dict[tuple[str, str], int] = {}
             for key, value in node.value:
@@ -94,7 +100,7 @@ def _require_once(file: str) -> None:
                         f"--config ({file}): {name} is given twice, on lines {lines[same]} and {line}: keep one"
                     )
                 lines[same] = line
-                waiting.append((f"{name}.", value))
+                waiting.append((f"{name}.", value, around))
 
 
 def _parser() -> ArgumentParser:

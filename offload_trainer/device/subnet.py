@@ -29,6 +29,24 @@ class Subnet:
         views = {name: view.data for slab in self.slabs for name, view in slab.items()}
         self.module: nn.Module = rebuild(master.model, views, plan, plan.groups).train()
 
+    def reattach(self, *, keep: bool = True) -> None:
+        """Where a forward put another tensor in the place of a buffer, or of a parameter's data, the slabs' comes back,
+        with its values (keep) or with those from before.
+
+        Raises `UserError` for one of another shape or type.
+        """
+        live = named_tensors(self.module)
+        for name, view in ((name, view) for slab in self.slabs for name, view in slab.items()):
+            tensor = live[name]
+            if tensor.data_ptr() == view.data_ptr():
+                continue
+            if (tensor.shape, tensor.dtype) != (view.shape, view.dtype):
+                new, old = (f"{tuple(x.shape)} {x.dtype}" for x in (tensor, view))
+                raise UserError(f"{name} ({new}) must keep its shape and type ({old}): a forward has put another there")
+            if keep:
+                view.copy_(tensor.detach())
+            tensor.data = view.data
+
     def exchange(self, other: "Subnet") -> None:
         """Each has the other's tensors from now on, and none is copied. The plans stay as they are."""
         mine, its = named_tensors(self.module), named_tensors(other.module)
@@ -154,7 +172,8 @@ class TrainedSubnet(Subnet):
         return self._layout.corrected and name in self._sampled
 
     @property
-    def moment_bytes(self) -> int:
-        """Of the optimizer's state, whoever made it."""
+    def trained_bytes(self) -> int:
+        """With gradients, and the optimizer's state, whoever made it."""
+        gradients = sum(p.numel() * p.element_size() for p in self.parameters.values())
         states = [value for state in self.optimizer.state.values() for value in state.values()]
-        return sum(value.nbytes for value in states if isinstance(value, Tensor) and value.ndim)
+        return self.nbytes + gradients + sum(x.nbytes for x in states if isinstance(x, Tensor) and x.ndim)

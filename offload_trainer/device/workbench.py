@@ -133,6 +133,7 @@ class Workbench:
             self.pipeline.do(partial(self._gather_ahead, *plans))
             self._gathered = plans
 
+    @torch.no_grad()
     def leave(self, steps: int, round: int) -> None:
         """The values of a round, of this number and of `steps` steps, leave for staging. The host waits for nothing,
         unless the master is narrower (`is_ordinary`).
@@ -140,6 +141,7 @@ class Workbench:
         `end` follows, or `clear` if they are not to reach the master. What was gathered must be there (`wait`).
         """
         subnet, rounding = self.subnet, self._master.precision.rounding
+        subnet.reattach()
         subnet.end()
         self.transfer.told()
         self.clock += steps
@@ -185,6 +187,7 @@ class Workbench:
         try:
             return loss_fn(module, batch)
         finally:
+            self._reference.reattach(keep=False)
             for buffer, was in zip(module.buffers(), statistics, strict=True):
                 buffer.copy_(was)
             memory.set_random_state(self._device, before)
@@ -293,8 +296,5 @@ class Workbench:
     @property
     def nbytes(self) -> int:
         """Bytes that are kept on the device from step to step: subnet, gradients, moments, reference."""
-        held = self._reference.nbytes if self._reference is not None else 0
-        if self._subnet is not None:
-            gradients = sum(p.numel() * p.element_size() for p in self._subnet.parameters.values())
-            held += self._subnet.nbytes + self._subnet.moment_bytes + gradients
-        return held
+        reference = self._reference.nbytes if self._reference is not None else 0
+        return reference + (self._subnet.trained_bytes if self._subnet is not None else 0)

@@ -4,6 +4,7 @@
 format is a length, a JSON header and the raw values, so writing it in order needs no copy at all.
 """
 
+import fcntl
 import json
 import os
 import zlib
@@ -18,6 +19,22 @@ from offload_trainer.errors import UserError
 from offload_trainer.files.format import DTYPES, INDEX, WEIGHTS
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Context: raise `UserError` where another process is within one for the same folder (which must be there)."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"out ({folder}): another run writes there; wait for its end, or use another") from error
+        except OSError:
+            pass  # a file system that has no locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor], shard_size: int) -> None:

@@ -3,14 +3,14 @@
 import functools
 import gc
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -39,6 +39,8 @@ class Observer:
     """Pin what an op without a rule touches, instead of raising."""
     open_constants: bool
     """Whether a size that the code gives to `zeros` or `expand` may be that of an axis which is sliced."""
+    originals: Mapping[str, Tensor]
+    """Parameters and buffers of the model that the skeletons are copies of, which no copy may compute with."""
 
     def observe(self, skeleton: nn.Module, failure: str, *, must_train: bool = False) -> "Trace":
         """A trace of the model in evaluation and, for branches that are only trained, in training.
@@ -46,9 +48,9 @@ class Observer:
         Raises `ModuleError`, beginning with `failure`, where the model does not run.
         """
         skeleton = with_tensors(skeleton, named_tensors(skeleton))  # some modules change in their forward
-        trace = Trace(skeleton, pin_unknown=self.pin_unknown, open_constants=self.open_constants)
+        trace = Trace(skeleton, self.originals, pin_unknown=self.pin_unknown, open_constants=self.open_constants)
         trace.pin(tensors_of(self.inputs), "an input of the model")
-        with self.mode, torch.no_grad(), plain_attention(), _quiet("torch._subclasses.fake_tensor"), trace:
+        with self.mode, torch.no_grad(), plain_attention(), quiet(), trace:
             skeleton.eval()
             outputs = tensors_of(run_watched(skeleton, self.inputs, failure))
             if not outputs:
@@ -73,8 +75,11 @@ class Observer:
 class Trace(TorchDispatchMode):
     """Context: runs each op as it is, then its rule."""
 
-    def __init__(self, skeleton: nn.Module, *, pin_unknown: bool, open_constants: bool):
+    def __init__(
+        self, skeleton: nn.Module, originals: Mapping[str, Tensor], *, pin_unknown: bool, open_constants: bool
+    ):
         super().__init__()
+        self._originals = {_storage(tensor): name for name, tensor in originals.items()}
         self._axes = Axes(open_constants=open_constants)
         self.trains = False
         """Whether the model also runs in training mode."""
@@ -101,6 +106,7 @@ class Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        self._require_own(args, kwargs)
         out = func(*args, **kwargs)
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
             return out
@@ -115,6 +121,15 @@ class Trace(TorchDispatchMode):
                 "(config: structure.pin_unknown) to leave what it touches unsliced"
             )
         return out
+
+    def _require_own(self, args: tuple, kwargs: dict) -> None:
+        """Raise for a tensor of the original: a function or a hook that a module keeps is not copied with it."""
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor) and _storage(leaf) in self._originals:
+                raise UserError(
+                    f"{self._watch.where} computes with {self._originals[_storage(leaf)]} of the model itself, where a"
+                    " copy of it runs: a function or a hook that it keeps refers to the model; use its own attributes"
+                )
 
     def pin(self, tensors: Iterable[Tensor], reason: str) -> None:
         for tensor in tensors:
@@ -177,11 +192,12 @@ def fake(shape: torch.Size, dtype: torch.dtype, mode: FakeTensorMode) -> Tensor:
 
 
 @contextmanager
-def _quiet(logger: str) -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Context: a failing fake op logs a whole traceback; our error is one line."""
-    before = logging.getLogger(logger).level
-    logging.getLogger(logger).setLevel(logging.CRITICAL)
+    fake_ops = logging.getLogger("torch._subclasses.fake_tensor")
+    before = fake_ops.level
+    fake_ops.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logging.getLogger(logger).setLevel(before)
+        fake_ops.setLevel(before)

@@ -31,8 +31,11 @@ def find_groups(
     modules of a type that stores such a width (all that touch them, where that does not help).
     """
     _require_plain(model)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    skeleton = with_tensors(model, {n: fake(t.shape, t.dtype, mode) for n, t in named_tensors(model).items()})
+    if not isinstance(example_inputs, (tuple, dict)):
+        kind = type(example_inputs).__name__
+        raise UserError(f"example_inputs ({kind}) must be a tuple of arguments or a dict of keyword arguments")
+    mode, originals = FakeTensorMode(allow_non_fake_inputs=True), named_tensors(model)
+    skeleton = with_tensors(model, {n: fake(t.shape, t.dtype, mode) for n, t in originals.items()})
     as_batched_products(skeleton)
     inputs = map_inputs(lambda x: fake(x.shape, x.dtype, mode), example_inputs)
     failures: list[UserError] = []
@@ -41,7 +44,9 @@ def find_groups(
         # code.
         for open_constants, drop in ((True, False), (False, False), (True, True))[: 3 if pin_unknown else 2]:
             try:
-                return _found(skeleton, Observer(mode, inputs, pin_unknown, open_constants), widths or {}, drop=drop)
+                return _found(
+                    skeleton, Observer(mode, inputs, pin_unknown, open_constants, originals), widths or {}, drop=drop
+                )
             except UserError as error:
                 failures.append(error)
     raise failures[0]

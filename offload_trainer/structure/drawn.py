@@ -16,7 +16,7 @@ class Drawn:
 
     def __init__(self, units: int):
         self.masks = torch.zeros(ROOM, units, dtype=torch.bool, device="cpu")
-        self.s = torch.zeros(ROOM, units, device="cpu")
+        self.s = torch.zeros(ROOM, units, dtype=torch.float32, device="cpu")
         self.twin = torch.zeros(ROOM, dtype=torch.bool, device="cpu")
         """Whether each is the antithetic twin of the one before it."""
         self.count = 0

@@ -102,6 +102,16 @@ def _rehearse(task: Task, module: nn.Module, batch: Any, val_batch: Any, who: st
     if not loss.requires_grad:
         raise UserError(f"{who}: loss does not depend on a trained parameter: it has no gradient")
     _told(loss.backward, f"{who}: the backward pass of loss")
+    stray = next((name for name, parameter in task.model.named_parameters() if parameter.grad is not None), None)
+    if stray is not None:
+        raise UserError(
+            f"{who}: loss reaches {stray} of the model itself, not of the module it is given: a function, a hook or a"
+            " method that it calls must have kept the model"
+        )
+    if all(parameter.grad is None for parameter in module.parameters()):
+        raise UserError(f"{who}: loss does not depend on a trained parameter of the module it is given")
+    if not task.count(val_batch):
+        raise UserError(f"{who}: val: its first batch holds no rows")
     with torch.no_grad():
         _told(lambda: task.metrics_fn(module.eval(), val_batch), f"{who}: metric, on a batch of val,")
 
