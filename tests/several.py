@@ -7,8 +7,6 @@ import runpy
 import sys
 from itertools import groupby
 
-from accelerate.state import AcceleratorState
-
 from tests.runs import ROOT
 
 if __name__ == "__main__":
@@ -21,4 +19,3 @@ if __name__ == "__main__":
                 runpy.run_path(str(program), run_name="__main__")
             except SystemExit as end:
                 print(f"exit code {end.code}", flush=True)
-            AcceleratorState._reset_state(reset_partial_state=True)  # the processes of the next find each other anew

@@ -32,8 +32,8 @@ class StructureConfig(Section):
     vr_pge; disarm compares subnets as different as can be). credit: no second subnet; s follows what the backward
     passes say of each unit, which is cheap and biased; magnitude: s follows the size of the weights that read it."""
     control: Literal["none", "linear"] = "none"
-    """linear: less variance where s is polarised: what backward passes predict of the difference of the two losses is
-    taken out of it, and its known mean added to the gradient."""
+    """linear: less variance: what earlier pairs and backward passes predict of the difference of the two losses is
+    taken out of it, as far as they were right lately, and its known mean added to the gradient."""
     alpha: Annotated[float, Field(ge=0.5, lt=1)] = 0.5
     """Exponent of the preconditioner (s(1-s))^alpha."""
     sampler: Literal["fixed", "bernoulli"] = "fixed"

@@ -156,6 +156,10 @@ class Structure:
         explore: share of a subnet's units that is expected to lie outside the most important, in (0, 1).
         """
         require(0 < explore < 1, "explore", explore, "be in (0, 1)")
+        for name, s in self.s.items():
+            found = tuple(scores[name].shape) if name in scores else "none"
+            if found != (len(s),):
+                raise UserError(f"scores of group {name!r} ({found}) must be of shape ({len(s)},)")
         self._scores = torch.cat([scores[name].float() for name in self.names])
         self._outside = explore
         self._fit()
@@ -248,10 +252,10 @@ class Structure:
         """Copies of all that changes, as plain tensors: `load_state_dict` continues from them bit for bit."""
         return {
             "s": self._flat.clone(),
+            **{f"{kind}.{key}": x for kind, part in self._parts.items() for key, x in part.state_dict().items()},
             "scores": self._scores.clone(),
             "outside": torch.tensor(self._outside, dtype=torch.float64, device="cpu"),
             "step": torch.tensor(self.step, device="cpu"),
-            **{f"{kind}.{key}": x for kind, part in self._parts.items() for key, x in part.state_dict().items()},
             "units": torch.tensor(self._pool.sizes, dtype=torch.long, device="cpu"),  # of each group
             "generator": self._generator.get_state(),  # uint8
         }
