@@ -419,6 +419,9 @@ def test_groups_of_another_model_are_refused() -> None:
         slice_module(wide(20), Plan.whole(groups), groups)
     with pytest.raises(UserError, match=r"2\.weight .* is not in this model"):
         slice_module(nn.Sequential(nn.Linear(6, 12)), Plan.whole(groups), groups)
+    with pytest.raises(UserError, match=said):
+        own = find_groups(wide(20), (torch.zeros(3, 6),))
+        slice_module(wide(20), Plan.whole(groups), own)
 
 
 def test_optimizer_must_be_one() -> None:

@@ -105,6 +105,8 @@ def test_a_global_budget_compares_groups():
 def test_explore_must_be_a_share():
     with pytest.raises(UserError, match=r"structure.explore \(1\) must be in \(0, 1\)"):
         Structure(GROUPS).start_from(scores(), 1)
+    with pytest.raises(UserError, match=r"scores of group '.*' \(none\) must be of shape"):
+        Structure(GROUPS).start_from({}, 0.1)
 
 
 # Widths in steps

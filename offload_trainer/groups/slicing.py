@@ -32,7 +32,8 @@ def slice_module(module: nn.Module, plan: Plan, groups: Groups) -> nn.Module:
 
     Raises `UserError` when a module stores a width that no rule covers, or the groups are another model's.
     """
-    require_of(module, groups)
+    for one in (groups, plan.groups):
+        require_of(module, one)
     small: dict[str, Tensor] = {}
     for name, tensor in named_tensors(module).items():
         part = take(tensor.detach(), plan, name)
