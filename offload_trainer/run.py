@@ -8,6 +8,8 @@ from offload_trainer.config import parse
 from offload_trainer.errors import UserError
 from offload_trainer.train import train
 
+INTERRUPTED = 130
+
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0; 2 after one line that says what to mend; 130 after an interrupt."""
@@ -20,12 +22,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
 
 
 if __name__ == "__main__":
     code = main()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM) if code == INTERRUPTED else ():
         signal.signal(number, signal.SIG_IGN)  # one more would only disturb the end
     sys.exit(code)
