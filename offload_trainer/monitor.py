@@ -120,7 +120,8 @@ class Monitor:
     def message(self, text: str) -> None:
         """Prints a line, above the live view if there is one."""
         if self.main:
-            self.console.print(Text(text), soft_wrap=True)
+            with suppress(OSError):  # a log on a full disk: the run goes on, and its records have files of their own
+                self.console.print(Text(text), soft_wrap=True)
 
     def summary(self, record: Record) -> None:
         """Writes summary.json, whole or not at all; ends the live view and prints the record as a table."""
@@ -140,7 +141,8 @@ class Monitor:
             words = ["" if section == previous else section, name]
             table.add_row(*(Text(w.replace("_", " "), "dim") for w in words), Text(value))
             previous = section
-        self.console.print(_framed(table, "summary", expand=False) if self.live else table)
+        with suppress(OSError):
+            self.console.print(_framed(table, "summary", expand=False) if self.live else table)
 
     def view(self) -> RenderableType:
         """One frame of the live view."""

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,6 +106,21 @@ def test_a_full_disk_is_one_line_and_closing_says_nothing_more(tmp_path: Path):
         mine.log({"step": 20})
     assert mine.file.closed
     assert lines(tmp_path) == [{"step": 10}]
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no device that is always full")
+def test_a_log_on_a_full_disk_does_not_end_the_run(tmp_path: Path):
+    with FULL.open("w", buffering=1) as log:
+        mine = Monitor(tmp_path, 100, "tokens", Accelerator(), "plain", console=Console(file=log))  # type: ignore[arg-type]
+        with mine:
+            for step in (1, 2):
+                mine.log({"step": step, "loss": 1.0})
+            mine.summary({"steps": 2})
+        assert [record["step"] for record in lines(tmp_path)] == [1, 2]
+        assert json.loads((tmp_path / "summary.json").read_text()) == {"steps": 2}
+        with suppress(OSError):
+            log.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), log.fileno())  # so that it can be closed
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path):
