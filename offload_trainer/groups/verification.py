@@ -82,7 +82,9 @@ def verify_groups(
 class _Subject:
     """A copy of a model to experiment on: on the CPU, in float32, evaluation mode."""
 
-    def __init__(self, model: nn.Module, groups: Groups, failure: str = "the model does not run on random weights"):
+    def __init__(
+        self, model: nn.Module, groups: Groups, failure: str = "the model does not run in float32, on random weights"
+    ):
         tensors = named_tensors(model)
         self.groups = groups
         self.failure = failure
