@@ -10,6 +10,7 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from errno import ENOLCK, ENOTSUP
 from pathlib import Path
 
 import torch
@@ -23,15 +24,17 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Context: raise `UserError` where another process is within one for the same folder (which must be there)."""
+    """Context: raise `UserError` where another process is within one for the same folder (which must be there). On a
+    file system without locks, such as some that are mounted over a network, nothing is noticed."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"out ({folder}): another run writes there; wait for its end, or use another") from error
-        except OSError:
-            pass  # a file system that has no locks
+        except OSError as error:
+            if error.errno not in (ENOLCK, ENOTSUP):  # a file system without locks: then it is up to the user
+                raise
         yield
     finally:
         os.close(handle)
