@@ -1,8 +1,11 @@
 """The paper's Table 5: VGG-19 on CIFAR-10, dense and at five sizes; accuracy, time of both passes, speed-up.
 
 Beside them ResNet-32 with doubled channels and WRN-28-10 at one size each (`--models`). The paper gives the share of
-the parameters; here the keep ratio of every channel group is its square root, which leaves about that share. With
-`--fixed` the same widths are trained from the start as an ordinary small network, too: what choosing costs, or gains.
+the parameters; here the keep ratio of every channel group is its square root, which leaves about that share.
+
+ours: the config, with what is passed on.
+fixed: the same widths, trained from the start as an ordinary small network: what choosing costs, or gains.
+paper: the method as published, two forward passes in every step and a new pair of subnets for each; both are sliced.
 """
 
 import argparse
@@ -45,8 +48,23 @@ PAPER = (
 CONFIGS = {"vgg19": "vgg19_cifar10", "resnet32": "resnet32_cifar10", "wrn28_10": "wrn28_10_cifar10"}
 OTHERS = (0.5,)
 """Keep ratios of the models that Table 5 has no rows of."""
-CONTENDERS = ("dense", "ours", "fixed")
-QUICK: dict[str, Any] = {"epochs": 1, "images": 12, "batch": 4, "width": 0.125, "fixed": True}
+CONTENDERS: dict[str, list[object]] = {
+    "dense": WHOLE,
+    "ours": [],
+    "fixed": ["--structure.settle", 1],
+    "paper": [
+        *("--structure.estimator", "vr_pge", "--structure.control", "none", "--sync_every", 1),
+        *("--structure.paired_batches", 1, "--structure.reference", "fresh", "--structure.start", "uniform"),
+        *("--structure.sampler", "bernoulli", "--structure.budget", "global", "--structure.settle", 0),
+    ],
+}
+"""Keys of each, after what is passed on."""
+UNNAMED = ("dense", "ours")
+"""In names of cases and folders."""
+QUICK: dict[str, Any] = {
+    **{"epochs": 1, "images": 12, "batch": 4, "width": 0.125},
+    "contenders": ["ours", "fixed", "paper"],
+}
 QUICK_KEYS = SHORT
 
 
@@ -57,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=50_000, help="in an epoch, for smaller data")
     parser.add_argument("--width", type=float, help="factor on all channels (default: the config's)")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--fixed", action="store_true", help="also the same widths, settled from the start")
+    parser.add_argument("--contenders", nargs="+", choices=[*CONTENDERS][1:], default=["ours"], help="beside dense")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
 
 
@@ -66,26 +84,25 @@ def measure(setting: Setting, options: argparse.Namespace) -> Iterator[Record]:
     for model in options.models:
         rows: tuple[Row | float, ...] = PAPER if model == "vgg19" else OTHERS
         for seed in options.seeds:
-            dense = train(options, model, 1.0, seed)
+            dense = train(options, model, 1.0, seed, "dense")
             yield _record(setting, options, model, 1.0, seed, dense, dense, None, "dense")
             for row in rows[:: len(rows) - 1 or 1] if setting.quick else rows:
                 paper = row if isinstance(row, Row) else None
                 keep = paper.keep if paper else float(row)  # type: ignore[arg-type]
-                for contender in ("ours", "fixed") if options.fixed else ("ours",):
+                for contender in options.contenders:
                     run = train(options, model, keep, seed, contender)
                     yield _record(setting, options, model, keep, seed, run, dense, paper, contender)
 
 
-def train(options: argparse.Namespace, model: str, keep: float, seed: int, contender: str = "ours") -> Run:
+def train(options: argparse.Namespace, model: str, keep: float, seed: int, contender: str) -> Run:
     steps = max(2, round(options.epochs * options.images / options.batch))
     arguments = ["--steps", steps, "--seed", seed, "--task.data", options.data, "--task.batch_size", options.batch]
     arguments += ["--track.log_every", max(1, steps // 100), "--track.eval_every", max(1, steps // 10)]
     arguments += ["--checkpoint.every", max(1, steps // 5), "--track.display", "plain"]
     arguments += ["--task.width", options.width] if options.width else []
-    arguments += WHOLE if keep == 1 else ["--structure.keep", keep, *options.of_structure]
-    arguments += options.passed_on
-    arguments += ["--structure.settle", 1] if contender == "fixed" else []
-    name = f"{model}-{keep:g}-seed-{seed}" + ("-fixed" if contender == "fixed" else "")
+    arguments += [] if contender == "dense" else ["--structure.keep", keep, *options.of_structure]
+    arguments += [*options.passed_on, *CONTENDERS[contender]]
+    name = f"{model}-{keep:g}-seed-{seed}" + ("" if contender in UNNAMED else f"-{contender}")
     return finish(options.out / name, CONFIGS[model], arguments)
 
 
@@ -106,7 +123,7 @@ def _record(
     size = f"width {options.width or 'of the config'}, {options.epochs:g} epochs"
     return setting.record(
         "table5",
-        f"{model}, {size}, keep {keep:g}, seed {seed}" + (", fixed" if contender == "fixed" else ""),
+        f"{model}, {size}, keep {keep:g}, seed {seed}" + ("" if contender in UNNAMED else f", {contender}"),
         100 * exported["accuracy"],
         "% accuracy",
         against / took,
@@ -138,7 +155,7 @@ def draw(records: list[dict[str, Any]], file: Path) -> None:
     figure, axes = new_figure()
     for size, found in groupby(_sized(records), key=lambda r: f"{r['details']['model']}, {r['details']['size']}"):
         points = [row for row in averaged(list(found)) if row["contender"] != "dense"]
-        for contender, style in (("ours", "o-"), ("fixed", "s:")):
+        for contender, style in (("ours", "o-"), ("fixed", "s:"), ("paper", "^--")):
             chosen = [(point["faster"], point["lost"]) for point in points if point["contender"] == contender]
             if chosen:
                 axes.plot(*zip(*chosen, strict=True), style, label=f"{contender}: {size}")
@@ -155,9 +172,10 @@ def _sized(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def averaged(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Over the seeds: a row for each contender and keep ratio, largest first."""
+    names = list(CONTENDERS)
 
     def order(record: dict[str, Any]) -> tuple[int, float]:
-        return CONTENDERS.index(record["details"]["contender"]), -record["details"]["keep"]
+        return names.index(record["details"]["contender"]), -record["details"]["keep"]
 
     rows = []
     for (number, keep), found in groupby(sorted(records, key=order), order):
@@ -166,7 +184,7 @@ def averaged(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         accuracies = [record["value"] for record in group]
         rows.append(
             {
-                "contender": CONTENDERS[number],
+                "contender": names[number],
                 "keep": -keep,
                 "accuracy": mean(accuracies),
                 "spread": stdev(accuracies) if len(group) > 1 else None,
