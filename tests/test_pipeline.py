@@ -142,7 +142,7 @@ def test_overlapping_rounds_equal_others_bit_for_bit(kind: str, case: str) -> No
                     differences[-1].append(trainer.report.difference)
                 else:
                     plans[-1].append(trainer.plan.digest)
-                    ahead.append(bool(trainer._bench._gathered))
+                    ahead.append(trainer._bench._ahead is not None)
             trainer.finish_round()
             ended.append(result(trainer))
         if case != "every step":

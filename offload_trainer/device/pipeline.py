@@ -3,10 +3,12 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 
 NAME = "transfers"
+Result = TypeVar("Result")
 
 
 def in_background() -> bool:
@@ -26,21 +28,24 @@ class Pipeline:
         if overlap:
             self._worker = ThreadPoolExecutor(1, NAME)
             self._worker.submit(torch.set_num_threads, threads)
-        self._given: list[Future[None]] = []
+        self._given: list[Future[Any]] = []
         self._failed = False
 
-    def do(self, work: Callable[[], object]) -> None:
+    def do(self, work: Callable[[], Result]) -> Future[Result | None]:
+        """What it returns is there after `wait`; None where it was left out."""
         if self._worker is None:
-            work()
-        else:
-            self._given.append(self._worker.submit(self._unless_failed, work))
+            done: Future[Result | None] = Future()
+            done.set_result(work())
+            return done
+        self._given.append(self._worker.submit(self._unless_failed, work))
+        return self._given[-1]
 
     @torch.no_grad()
-    def _unless_failed(self, work: Callable[[], object]) -> None:
+    def _unless_failed(self, work: Callable[[], Result]) -> Result | None:
         if self._failed:
-            return
+            return None
         try:
-            work()
+            return work()
         except BaseException:
             self._failed = True
             raise

@@ -7,6 +7,7 @@ is evaluated, for the moments at the first optimizer step.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,13 +20,26 @@ from offload_trainer.groups.plan import Plan
 from offload_trainer.master.slab import Slab
 
 Staged = Mapping[str, Sequence[Slab]]
-"""Slabs of what was gathered ahead: "weights" of the next round's reference, moments of its plan."""
+"""Slabs of "weights" (with the buffers), and of each moment by its name."""
 Left = Mapping[str, Mapping[str, Mark]]
 """When the old values of each tensor have left the device, likewise."""
 Places = Mapping[str, tuple[Index, Index]]
+"""Of each tensor: where two plans share entries, in the one and in the other."""
 
 
-_NONE: tuple[Places, Places] = ({}, {})
+@dataclass(frozen=True)
+class Ahead:
+    """What was gathered while a round trained, for the two rounds after it."""
+
+    plan: Plan
+    """Of the next round. Its moments are staged; its weights wait on the device."""
+    later: Plan
+    """Of the one after, whose weights are staged."""
+    staged: Staged
+    shared: Places
+    """By `plan` and the plan that trained meanwhile."""
+    shared_later: Places
+    """By `later` and the plan that trained meanwhile."""
 
 
 class Swap:
@@ -42,42 +56,39 @@ class Swap:
         """What training has not waited for yet: when it will be there."""
         self._last: tuple[Mark, Mark] | None = None
         """Begin and end of what came over the link last."""
-        self._next = self._places = _NONE
-        """Where the plan trained last shares entries with the two that wait; kept until all that reads them is done."""
+        self._ahead: Ahead | None = None
+        """Of the last swap: its places are kept until all that reads them is done."""
 
-    def prepare(self, before: Plan, plan: Plan, later: Plan, names: Iterable[str]) -> None:
-        """For the swap after the round of `before`: find out what it shares with the plans that wait.
-
-        In the background; from then on staging may be written again.
-        """
+    def rest(self) -> None:
+        """The host waits until what a swap brings is there: staging may be written again. In the background."""
         if self._last is not None:
             begin, end = self._last
             end.wait()
             self._transfer.work.link += end.seconds_since(begin)
             self._last = None
-        with self._lane.open():  # a copy on the training stream would wait for the steps that are queued there
-            of_plan, of_later = (
-                on_device({name: before.shared(other, name) for name in names}, self._device) for other in (plan, later)
-            )
-        self._next = of_plan, of_later
 
-    def do(self, subnet: TrainedSubnet, reference: Subnet, later: Plan, staged: Staged, left: Left, clock: int) -> None:
-        """Begin the round of the reference's plan, and have that of `later` wait. The host does not wait.
+    def places(self, before: Plan, after: Plan, names: Iterable[str]) -> Places:
+        """What two plans share of these tensors, on the device. In the background."""
+        with self._lane.open():  # a copy on the training stream would wait for the steps that are queued there
+            return on_device({name: before.shared(after, name) for name in names}, self._device)
+
+    def do(self, subnet: TrainedSubnet, reference: Subnet, ahead: Ahead, left: Left, clock: int) -> None:
+        """Begin the round of the reference's plan, and have the later one wait. The host does not wait.
 
         clock: see `TrainedSubnet.begin`.
         """
         self.hold("weights", "moments")
-        of_plan, of_later = self._places = self._next
+        self._ahead, staged = ahead, ahead.staged
         slabs = list(zip(staged["weights"], subnet.slabs, reference.slabs, strict=True))
         for _, slab, beside in slabs:
             for name in slab:
-                patch(beside[name], slab[name], of_plan[name])
+                patch(beside[name], slab[name], ahead.shared[name])
         if not self._in_place:
             subnet.exchange(reference)
         with self._lane.after(Mark(self._device)):
             begin = Mark(self._device, timed=True)
             for waiting, slab, beside in slabs:
-                for name, arrived in self._arriving(waiting, slab, of_later, left["weights"]):
+                for name, arrived in self._arriving(waiting, slab, ahead.shared_later, left["weights"]):
                     if self._in_place:
                         slab[name].copy_(beside[name])
                     (beside if self._in_place else slab)[name].copy_(arrived)
@@ -85,13 +96,13 @@ class Swap:
             self._coming["weights"] = Mark(self._device)
             for moment in subnet.moments:
                 for waiting, slab in zip(staged[moment], subnet.slabs_of(moment), strict=True):
-                    for name, arrived in self._arriving(waiting, slab, of_plan, left[moment]):
+                    for name, arrived in self._arriving(waiting, slab, ahead.shared, left[moment]):
                         slab[name].copy_(arrived)
                 hold_all(left[moment])
             subnet.begin(clock)
             self._coming["moments"] = Mark(self._device, timed=True)
         self._last = begin, self._coming["moments"]
-        subnet.plan, reference.plan = reference.plan, later
+        subnet.plan, reference.plan = ahead.plan, ahead.later
         if self._in_place:
             self.hold("weights")
 

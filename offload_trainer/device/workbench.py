@@ -6,6 +6,7 @@ next round's moments (see swap.py for what happens between two rounds).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
@@ -20,7 +21,7 @@ from offload_trainer.device.pipeline import Pipeline, in_background
 from offload_trainer.device.processes import transfer_threads
 from offload_trainer.device.streams import Mark, hold_all
 from offload_trainer.device.subnet import Subnet, TrainedSubnet
-from offload_trainer.device.swap import Swap
+from offload_trainer.device.swap import Ahead, Swap
 from offload_trainer.device.transfer import Transfer, Unloading, Work, limited
 from offload_trainer.groups.plan import Plan
 from offload_trainer.master.interrupts import undivided
@@ -76,8 +77,8 @@ class Workbench:
         self._reference: Subnet | None = None
         self._waiting: Plan | None = None
         """Plan of the next round, whose weights are the reference's."""
-        self._gathered: tuple[Plan, ...] = ()
-        """Plans of the next two rounds for which staging holds what `_gather_ahead` says; or none."""
+        self._ahead: Future[Ahead | None] | None = None
+        """For the next two rounds; None: nothing is gathered for them."""
         self._ready: Plan | None = None
         """Of which the subnet holds what the master holds, between two rounds."""
         self._leaving: Iterable[tuple[str, Unloading]] = ()
@@ -106,32 +107,30 @@ class Workbench:
 
         following: plan of the next round, if it is known; steps: that the run has taken so far.
         """
-        ready, gathered = self._ready, self._gathered
-        self._ready, self._gathered = None, ()
+        ready, ahead = self._ready, self._ahead and self._ahead.result()
+        self._ready = self._ahead = None
         self.clock = self.clock if plan.digest == self.trained else min(steps, self._layout.horizon)
         self.trained = plan.digest
-        swapped = bool(gathered) and gathered[0] == plan
-        if swapped:
+        if ahead is not None and ahead.plan == plan:
             assert self._reference is not None and self._reference.plan == plan
             with undivided():
-                self._swap.do(self.subnet, self._reference, gathered[1], self._ahead(), self._left, self.clock)
+                self._swap.do(self.subnet, self._reference, ahead, self._left, self.clock)
         else:
+            ahead = None
             self._rest()
             if ready != plan:
                 self._take(plan)
             self.subnet.begin(self.clock)
         self._waiting = following if self._overlap and following is not None and self.subnet.fits(following) else None
         wanted = self._waiting or reference
-        if wanted is None or not (swapped and gathered[1] == wanted):
+        if ahead is None or ahead.later != wanted:
             self._take_reference(wanted)
 
     def look_ahead(self, later: Plan | None) -> None:
         """Gather for the next two rounds, while this one trains. later: plan of the one after next, if it is known."""
         if self._waiting is not None and later is not None and self.subnet.fits(later):
-            plans = self._waiting, later
-            self._ahead()  # pinned here: another thread would do it from the first GPU, whichever this process has
-            self.pipeline.do(partial(self._gather_ahead, *plans))
-            self._gathered = plans
+            staged = self._staging_ahead()  # pinned here: another thread would pin it from the first GPU
+            self._ahead = self.pipeline.do(partial(self._gather_ahead, self._waiting, later, staged))
 
     @torch.no_grad()
     def leave(self, steps: int, round: int) -> None:
@@ -194,7 +193,7 @@ class Workbench:
 
     def drop_reference(self) -> None:
         """Free it for the rest of the round, unless it is trained next."""
-        if not self._gathered:
+        if self._ahead is None:
             self._rest()
             self._reference = None
 
@@ -207,7 +206,7 @@ class Workbench:
         try:
             self.pipeline.wait()
         except BaseException:
-            self._gathered = ()  # what was to follow what failed was left out
+            self._ahead = None  # what was to follow what failed was left out
             raise
         finally:
             self.transfer.work.waited += perf_counter() - start
@@ -252,23 +251,23 @@ class Workbench:
         self.transfer.fetch(self._master.tensors, subnet.kinds, subnet.slabs, plan, "weights")
         subnet.plan = plan
 
-    def _ahead(self) -> dict[str, list[Slab]]:
-        """Staging of what is gathered ahead: weights, and moments by name, of tensors that some plan slices.
+    def _staging_ahead(self) -> dict[str, list[Slab]]:
+        """Staging of weights, and of moments by name, of the tensors that some plan slices.
 
         Those of the others are all trained in every round, so what waits for them is on the device.
         """
         staging, kinds = self.transfer.staging_ahead, self.subnet.kinds_of
         return {what: staging(limited(kinds(what), self._sampled), what) for what in ("weights", *self.subnet.moments)}
 
-    def _gather_ahead(self, following: Plan, later: Plan) -> None:
-        """Moments of the next round's plan and weights of the one after. In the background, as is finding out what they
-        share with the plan that is being trained."""
-        subnet = self.subnet
-        self._swap.prepare(subnet.plan, following, later, [name for slab in subnet.slabs for name in slab])
-        weights, *moments = self._ahead().items()
-        for what, staged in (*moments, weights):
-            full = self._master.tensors if what == "weights" else self._master.moments[what]
-            self.transfer.gather(full, map(Slab.whole, staged), later if what == "weights" else following)
+    def _gather_ahead(self, following: Plan, later: Plan, staged: dict[str, list[Slab]]) -> Ahead:
+        """Moments of the next round's plan and weights of the one after. In the background."""
+        trained, names = self.subnet.plan, [name for slab in self.subnet.slabs for name in slab]
+        self._swap.rest()
+        ahead = Ahead(following, later, staged, *(self._swap.places(trained, it, names) for it in (following, later)))
+        for moment in self.subnet.moments:
+            self.transfer.gather(self._master.moments[moment], map(Slab.whole, staged[moment]), following)
+        self.transfer.gather(self._master.tensors, map(Slab.whole, staged["weights"]), later)
+        return ahead
 
     def _merge(self, what: str, leaving: Unloading, plan: Plan) -> None:
         if what == "weights":
@@ -286,7 +285,8 @@ class Workbench:
         self.pipeline.drain()
         memory.synchronize(self._device)  # what crosses the link may be on its way
         self._subnet = self._reference = self.forward = None
-        self._waiting, self._gathered, self._ready, self._leaving, self._left = None, (), None, (), {}
+        self._waiting = self._ahead = self._ready = None
+        self._leaving, self._left = (), {}
 
     def close(self) -> None:
         self.pipeline.close()
