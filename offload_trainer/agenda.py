@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -41,7 +41,7 @@ class Agenda:
         """From the next round on, the units of the largest s are trained and s stays as it is."""
         self.starts_from_top = False
         """s started from importance, so the first plan is known."""
-        self._known: tuple[Plan, ...] = ()
+        self._known: tuple[tuple[Mapping[str, Tensor], Plan], ...] = ()
         self._follows = False
 
     def begin(self, step: int, rounds: int) -> Entry:
@@ -89,12 +89,18 @@ class Agenda:
         (plan,) = self._plans([self._structure.top()])
         return plan
 
-    def _plans(self, masks: Sequence[Mapping[str, Tensor]], known: tuple[Plan, ...] = ()) -> list[Plan]:
+    def _plans(self, masks: Sequence[Mapping[str, Tensor]], known: Sequence[tuple[Any, Plan]] = ()) -> list[Plan]:
         """Those known from earlier rounds are the same objects, with all the indices they have worked out.
 
         known: beside these.
         """
-        plans = [Plan(self._groups, kept) for kept in masks]
-        plans = [next((one for one in self._known if one == plan), plan) for plan in plans]
-        self._known = (*known, *plans)
+        plans = [self._plan(kept) for kept in masks]
+        self._known = (*known, *zip(masks, plans, strict=True))
         return plans
+
+    def _plan(self, mask: Mapping[str, Tensor]) -> Plan:
+        known = next((plan for kept, plan in self._known if kept is mask), None)
+        if known is not None:
+            return known
+        plan = Plan(self._groups, mask)
+        return next((one for _, one in self._known if one == plan), plan)

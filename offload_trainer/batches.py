@@ -1,6 +1,7 @@
 """Batches of any make-up, as long as axis 0 of their tensors is the batch: their length, and parts of them."""
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,12 @@ def batch_rows(batch: Any) -> int:
         elif isinstance(item, (tuple, list)):
             pending = [*item, *pending]
     raise UserError(f"a batch ({type(batch).__name__}) holds no tensor with a batch axis")
+
+
+def loose(batch: Any) -> Any:
+    """The batch for one use of several: what a loss takes out of a dict or a list is there for the next. The tensors
+    are the same, so a loss must not write into them."""
+    return copy(batch) if isinstance(batch, (dict, list)) else batch
 
 
 def shard(batch: Any, rank: int, world: int, among: str = "the number of processes") -> Any:

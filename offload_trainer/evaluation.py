@@ -1,7 +1,7 @@
 """Validation of any module: a subnet, or the full master, which need not fit the device."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ def evaluate(
         for part in parts(batches[i]):
             part = send_to_device(part, accelerator.device)
             weight = count(part)
+            if not weight:  # means over nothing are no numbers
+                continue
             with accelerator.autocast(UNCACHED):
                 metrics = metrics_fn(module, part)
             for name, value in metrics.items():
@@ -72,12 +74,17 @@ def streamed(model: nn.Module, accelerator: Accelerator) -> Iterator[nn.Module]:
 
     On a CPU it is the model itself. Weights stored in bfloat16 are computed with under autocast.
     """
-    narrow = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     module = model
     if accelerator.device.type != "cpu":
         # Hooks replace the parameters of what they are attached to, so they get a copy that shares the master's memory.
         module = with_tensors(model, {name: tensor.detach() for name, tensor in named_tensors(model).items()})
         cpu_offload(module, accelerator.device)
-    device = accelerator.device.type
-    with torch.autocast(device, torch.bfloat16, cache_enabled=False) if narrow else accelerator.autocast(UNCACHED):
+    with computing_narrow(model, accelerator):
         yield module
+
+
+def computing_narrow(model: nn.Module, accelerator: Accelerator) -> AbstractContextManager[object]:
+    """Context: autocast to bfloat16 where weights are stored so, as the run's own else."""
+    if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
+        return torch.autocast(accelerator.device.type, torch.bfloat16, cache_enabled=False)
+    return accelerator.autocast(UNCACHED)

@@ -16,6 +16,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from offload_trainer.device import ranks
+from offload_trainer.errors import UserError
 from offload_trainer.evaluation import streamed
 from offload_trainer.groups import Groups
 from offload_trainer.groups.readers import Reader, find_readers, read_slots
@@ -54,6 +55,11 @@ def importance(
             share.narrow(0, slot.offset, units * slot.block).view(units, slot.block).sum(1) for slot, share in shares
         ]
         scores[name] = torch.stack(per_unit).mean(0).float()
+        if not bool(scores[name].isfinite().all()):
+            raise UserError(
+                f"the importance of group {name!r} is not finite: a weight that reads it, or what the model computes on"
+                " the calibration batches, is not"
+            )
     return scores, [name for name, pairs in read.items() if not pairs]
 
 
@@ -72,9 +78,10 @@ def means_over_inputs(
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys((reader.path for reader in readers), 0)
 
-    def watch(reader: Reader) -> Callable[[nn.Module, Any], None]:
-        def add(module: nn.Module, inputs: Any) -> None:
-            x = inputs[0].detach().movedim(reader.features, -1).flatten(0, -2).float()  # (rows, features)
+    def watch(reader: Reader) -> Callable[..., None]:
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            x = (inputs[0] if inputs else named["input"]).detach().movedim(reader.features, -1)
+            x = x.reshape(-1, x.shape[-1]).float()  # (rows, features)
             total = of(x).cpu()
             sums[reader.path] = sums[reader.path].add_(total) if reader.path in sums else total
             counts[reader.path] += len(x)
@@ -84,7 +91,7 @@ def means_over_inputs(
     with streamed(model, accelerator) as module:
         training = module.training
         module.eval()
-        handles = [module.get_submodule(r.path).register_forward_pre_hook(watch(r)) for r in readers]
+        handles = [module.get_submodule(r.path).register_forward_pre_hook(watch(r), with_kwargs=True) for r in readers]
         for batch in batches:
             loss_fn(module, send_to_device(batch, accelerator.device))
         for handle in handles:
@@ -109,8 +116,10 @@ def _squares(x: Tensor) -> Tensor:
 
 def _share(weight: Tensor, axis: int, squares: Tensor | None) -> Tensor:
     """(size of the axis,) float64, sum 1: ‖W restricted to an element of the axis‖², times the mean of x² if given."""
-    others = [other for other in range(weight.ndim) if other != axis]
-    energy = torch.linalg.vector_norm(weight.detach(), dim=others, dtype=torch.float32).double().square()
+    weight, others = weight.detach(), [other for other in range(weight.ndim) if other != axis]
+    kind = torch.promote_types(weight.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(weight, dim=others, dtype=kind) if others else weight.abs()
+    energy = norms.double().square()
     if squares is not None:
         energy = energy * squares
     return energy / energy.sum().clamp(min=torch.finfo(torch.float64).tiny)

@@ -44,4 +44,5 @@ def match_scale(offloader: Offloader, initialise: Callable[[nn.Module], None]) -
 
 def _scale(tensor: torch.Tensor) -> float:
     """Root of the mean square, without a copy in another type."""
-    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32)) / max(1, tensor.numel()) ** 0.5
+    kind = torch.promote_types(tensor.dtype, torch.float32)
+    return float(torch.linalg.vector_norm(tensor.detach(), dtype=kind)) / max(1, tensor.numel()) ** 0.5

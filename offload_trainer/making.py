@@ -91,9 +91,10 @@ def optimizer_factory(section: OptimizerConfig) -> OptimizerFactory:
     """
 
     def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        fused = all(parameter.is_floating_point() for parameter in parameters)  # torch has none for complex numbers
         if section.kind == "sgd":
             return torch.optim.SGD(
-                parameters, lr=section.lr, momentum=section.momentum, weight_decay=section.weight_decay, fused=True
+                parameters, lr=section.lr, momentum=section.momentum, weight_decay=section.weight_decay, fused=fused
             )
         decayed = [p for p in parameters if p.ndim > 1]
         others = [p for p in parameters if p.ndim <= 1]
@@ -101,7 +102,7 @@ def optimizer_factory(section: OptimizerConfig) -> OptimizerFactory:
             {"params": decayed, "weight_decay": section.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=section.lr, betas=section.betas, fused=True)
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=section.lr, betas=section.betas, fused=fused)
 
     return make
 

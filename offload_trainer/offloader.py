@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from offload_trainer.agenda import Agenda, Reference
+from offload_trainer.batches import loose
 from offload_trainer.device import memory, ranks
 from offload_trainer.device.crediting import LAST, Crediting
 from offload_trainer.device.movers import Choice, choose_mover
@@ -17,9 +18,9 @@ from offload_trainer.device.processes import require_supported, transfer_threads
 from offload_trainer.device.subnet import TrainedSubnet
 from offload_trainer.device.workbench import Compile, Workbench
 from offload_trainer.groups import Groups, Plan, require_of
-from offload_trainer.master import Master, probe_optimizer, trained_dtype
+from offload_trainer.master import FP32, Master, Precision, probe_optimizer, trained_dtype
 from offload_trainer.master.interrupts import undivided
-from offload_trainer.master.precision import FP32, Precision
+from offload_trainer.randomness import random_state, set_random_state
 from offload_trainer.rounds import Boundary, Round, RoundReport, Spent, Transfers, require_arguments
 from offload_trainer.structure import Structure
 
@@ -29,8 +30,7 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 class Offloader:
     """Trains `model`, which stays in host memory, one sliced subnetwork at a time.
 
-    model: taken over; its tensors move into the master's slabs. On the meta device it needs `materialise`, which
-        fills the (by then real) tensors in place.
+    model: taken over; its tensors move into the master's slabs. On meta it needs `materialise`, to fill them in place.
     loss_fn: `loss_fn(module, batch)` → scalar tensor, the mean over the batch.
     optimizer: makes the optimizer of a list of parameters. sync_every: K, optimizer steps between two samplings.
     state: "carry" keeps the optimizer's moments in the master; "reset" starts them anew with every round.
@@ -41,8 +41,8 @@ class Offloader:
     transfer: who moves elements on the host: torch ("plain"), compiled kernels ("native"), or the faster.
     precision: types in which the master stores large tensors; subnet and export have those that `model` came in.
 
-    A round in which the loss or a weight was not finite raises at its end, before anything reaches the master. Use it
-    as a context manager. A run's last, unfinished round is written back on a clean exit.
+    A round in which the loss or a weight was not finite raises at its end, before anything reaches the master. As a
+    context manager it writes back a run's last, unfinished round on a clean exit.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Offloader:
         self.accelerator = accelerator or Accelerator()
         require_supported(self.accelerator)
         require_arguments(sync_every, state, clip_norm, compile, fits=structure.constant_widths or not compile)
-        self.groups, self.structure, self.loss_fn, self.device = groups, structure, loss_fn, self.accelerator.device
+        self.groups, self._structure, self.loss_fn, self.device = groups, structure, loss_fn, self.accelerator.device
         self.sync_every, self.clip_norm, self.precision = sync_every, clip_norm, precision
         require_of(model, groups)
         layout = probe_optimizer(optimizer, trained_dtype(model), self.device, carry=state == "carry")
@@ -92,10 +92,10 @@ class Offloader:
         A step's batch may come in parts, each with a `loss` and a backward pass: divide each loss by their number.
         """
         running = self._running()
-        paired = running.paired and running.steps < self.structure.paired_batches
+        paired = running.paired and running.steps < self._structure.paired_batches
         if paired:
             with self.spent.on("reference"), self.accelerator.autocast():
-                against = self._bench.reference_loss(self.loss_fn, batch)
+                against = self._bench.reference_loss(self.loss_fn, loose(batch))
         with self.accelerator.autocast():  # not the same: its cache would keep the reference's narrow weights
             loss = self.loss_fn(self._bench.forward, batch)
         running.add_loss(loss)
@@ -117,10 +117,10 @@ class Offloader:
         self._bench.step()
         self.steps, running.steps = self.steps + 1, running.steps + 1
         if running.steps == 1:  # what this round trains is under way
-            self._bench.look_ahead(self.agenda.look_ahead())
+            self._bench.look_ahead(self.agenda.look_ahead)
         if running.steps >= self.sync_every:
             self._end_round(running)
-        elif running.steps == self.structure.paired_batches and not self.structure.constant_widths:
+        elif running.steps == self._structure.paired_batches and not self._structure.constant_widths:
             self._bench.drop_reference()  # of other widths next time; free its memory for the rest of the round
 
     def begin_round(self) -> None:
@@ -151,7 +151,7 @@ class Offloader:
         """Begin the run with s by importance (see `Structure.start_from`); the first round trains the top plan."""
         if self.steps or self._round is not None:
             raise RuntimeError("start_from() belongs before the first round")
-        self.structure.start_from(scores, explore)
+        self._structure.start_from(scores, explore)
         self.agenda.starts_from_top = True
         self._boundary = self._make_boundary()
 
@@ -186,6 +186,12 @@ class Offloader:
         return self._master.model
 
     @property
+    def structure(self) -> Structure:
+        """s, and what learns it. The next plan is drawn from it in the background."""
+        self._bench.wait()
+        return self._structure
+
+    @property
     def plan(self) -> Plan:
         """The kept indices of the running round, by group name."""
         return self._running_subnet().plan
@@ -204,7 +210,7 @@ class Offloader:
         """Numbers of the running round and of the last finished one, for a log."""
         return {
             "round": self.rounds if self._round is not None else max(0, self.rounds - 1),
-            "keep": self.structure.keep,
+            "keep": self._structure.keep,
             **self.report.as_dict(),
             "transfer_share": self.spent.share(),
             "host_bytes": memory.host_bytes(),
@@ -232,30 +238,24 @@ class Offloader:
 
     def load_boundary(self, boundary: Boundary) -> None:
         """Go on from a boundary; the master and its moments must hold what they held then."""
+        self._bench.clear()
+        self._crediting.clear()
         numbers = boundary.numbers
         self.steps, self.rounds = numbers["steps"], numbers["rounds"]
         self.agenda.load_state_dict(numbers["agenda"])
         self.report = RoundReport(**numbers["report"])
-        self._bench.clear()
-        self._crediting.clear()
         self._bench.clock, self._bench.trained = numbers["clock"], numbers["trained"]
         self._bench.written = replace(self._bench.written, delta_norm=numbers["delta_norm"])
         self._master.scalars = {name: dict(scalars) for name, scalars in numbers["scalars"].items()}
-        self.structure.load_state_dict(dict(boundary.structure))
-        memory.set_random_state(self.device, dict(boundary.random))
+        self._structure.load_state_dict(dict(boundary.structure))
+        set_random_state(boundary.random, self.device)
         self._round, self._boundary = None, boundary
 
     def _make_boundary(self) -> Boundary:
-        numbers = {
-            "steps": self.steps,
-            "rounds": self.rounds,
-            "agenda": self.agenda.state_dict(),
-            "clock": self._bench.clock,
-            "trained": self._bench.trained,
-            "scalars": {name: dict(scalars) for name, scalars in self._master.scalars.items()},
-            "report": asdict(self.report),
-        }
-        return Boundary(numbers, self.structure.state_dict(), memory.random_state(self.device))
+        numbers = {"steps": self.steps, "rounds": self.rounds, "report": asdict(self.report)}
+        numbers |= {"agenda": self.agenda.state_dict(), "clock": self._bench.clock, "trained": self._bench.trained}
+        numbers |= {"scalars": {name: dict(scalars) for name, scalars in self._master.scalars.items()}}
+        return Boundary(numbers, self._structure.state_dict(), random_state(self.device))
 
     def _running(self) -> Round:
         if self._closed:

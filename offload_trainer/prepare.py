@@ -20,6 +20,7 @@ from offload_trainer.device.link import probe_link
 from offload_trainer.device.movers import choose_mover
 from offload_trainer.device.processes import transfer_threads
 from offload_trainer.errors import UserError
+from offload_trainer.evaluation import computing_narrow
 from offload_trainer.files.writing import require_savable
 from offload_trainer.forecast import Forecast
 from offload_trainer.groups import Groups, Plan, find_groups, read_rules, slice_module, verify_groups
@@ -35,9 +36,10 @@ from offload_trainer.making import (
     resumable,
 )
 from offload_trainer.master import Checkpoint, Ledger, StateLayout, probe_optimizer, trained_dtype
-from offload_trainer.master.precision import TYPES, Precision
+from offload_trainer.master.precision import FP32, TYPES, Precision
 from offload_trainer.planning import Decision
 from offload_trainer.predicting import Predictor
+from offload_trainer.randomness import random_state, set_random_state
 from offload_trainer.resuming import checkpoint_to_resume, require_resumable
 from offload_trainer.structure import Structure
 from offload_trainer.structure.arguments import SCORES
@@ -115,7 +117,7 @@ def prepare(config: Config) -> Prepared:
     structure = make_structure(config, groups)
     if checkpoint is not None:
         require_resumable(checkpoint, resumable(config), config.steps, task.model, layout, structure, precision)
-    export = export_note(task, Plan(groups, structure.top()))
+    export = export_note(config, task, groups)
     forecast = make_forecast(config, accelerator, predictor, decision, export)
     if not config.dry_run:
         planning.require(forecast.verdicts)
@@ -123,7 +125,7 @@ def prepare(config: Config) -> Prepared:
     if fits and config.structure.verify and structure.names:
         verify_groups(task.model, groups, task.example_inputs)
     if fits and predictor.rehearsal and isinstance(config.task, Custom):
-        rehearse(config.task.function, accelerator, predictor, Plan(groups, structure.top()), task)
+        rehearse(config.task.function, accelerator, predictor, Plan(groups, structure.top()), task, precision)
     if fits:
         memory.give_back()
         growth = memory.host_bytes() - predictor.process  # by what a first forward and backward load and keep
@@ -131,13 +133,26 @@ def prepare(config: Config) -> Prepared:
     return Prepared(config, accelerator, task, groups, structure, optimizer, precision, forecast, checkpoint)
 
 
-def rehearse(function: str, accelerator: Accelerator, predictor: Predictor, plan: Plan, task: tasks.Task) -> None:
+def rehearse(
+    function: str,
+    accelerator: Accelerator,
+    predictor: Predictor,
+    plan: Plan,
+    task: tasks.Task,
+    precision: Precision,
+) -> None:
     """Try a user's own loss and metric on a subnet and real batches."""
-    before = memory.random_state(accelerator.device)
+    before = random_state(accelerator.device)
     module = slice_module(task.model, plan, plan.groups).to(accelerator.device)
+    batches = predictor.passes.batch, predictor.passes.val_batch
     with accelerator.autocast():
-        tasks.rehearse(task, module, predictor.passes.batch, predictor.passes.val_batch, function)
-    memory.set_random_state(accelerator.device, before)
+        tasks.rehearse(task, module, *batches, function)
+    if precision.weights != FP32.weights:  # the master is evaluated as it is stored, at the end
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(precision.weight(parameter.dtype, parameter.shape))
+        with computing_narrow(module, accelerator):
+            tasks.rehearse_narrow(task, module, batches[1], function)
+    set_random_state(before, accelerator.device)
 
 
 def with_keep(config: Config, keep: float | None) -> Config:
@@ -236,10 +251,15 @@ def decide_keep(config: Config, accelerator: Accelerator, groups: Groups, predic
     return min(ranks.gather(accelerator, decision), key=lambda one: one.keep)
 
 
-def export_note(task: tasks.Task, plan: Plan) -> str | None:
-    """Whether the export will lack a config, told from the shapes of a plan."""
+def export_note(config: Config, task: tasks.Task, groups: Groups) -> str | None:
+    """Whether the export will lack a config, told from the widths at the end of the run."""
     if task.why_no_config is None:
         return None
+    structure = make_structure(config, groups)
+    if structure.budget == "global" and len(structure.names) > 1:
+        return "the export has a config.json only if layers end with equal widths, which budget: global does not see to"
+    structure.set_step(config.steps)
+    plan = Plan(groups, structure.top())
     tensors = named_tensors(task.model)
     small = {name: torch.empty(plan.shape(name), dtype=t.dtype, device="meta") for name, t in tensors.items()}
     why = task.why_no_config(rebuild(task.model, small, plan, plan.groups))

@@ -24,6 +24,7 @@ from offload_trainer.files.writing import write_shards
 from offload_trainer.groups import Groups, Plan
 from offload_trainer.groups.slicing import named_tensors, rebuild, take
 from offload_trainer.master.checkpoint import write_json
+from offload_trainer.master.ledger import readable
 from offload_trainer.offloader import LossFn, Offloader
 
 PLAN = "plan.json"
@@ -91,8 +92,8 @@ def save_export(module: nn.Module, plan: Plan | None, folder: Path, shard_size: 
     tensors = saved_tensors(module)
     need, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(folder).free
     if need > free:
-        gib = [f"{count / 2**30:.2f} GiB" for count in (need, free)]
-        raise OSError(ENOSPC, f"it needs {gib[0]}, {gib[1]} are free; make room and go on with resume: auto")
+        sizes = f"it needs {readable(need)}, {readable(free)} are free"
+        raise OSError(ENOSPC, f"{sizes}; make room and go on with resume: auto")
     write_shards(folder, tensors, shard_size)
     if plan is not None:
         write_json(folder / PLAN, {"kept": {name: plan[name].tolist() for name in plan}})

@@ -21,7 +21,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -30,4 +29,6 @@ if __name__ == "__main__":
     code = main()
     for number in (signal.SIGINT, signal.SIGTERM) if code == INTERRUPTED else ():
         signal.signal(number, signal.SIG_IGN)  # one more would only disturb the end
+    if code == INTERRUPTED:
+        print("interrupted", file=sys.stderr)
     sys.exit(code)

@@ -5,8 +5,10 @@ from typing import Any
 import torch
 
 from offload_trainer.config import Config
+from offload_trainer.errors import UserError
 from offload_trainer.importance import importance
 from offload_trainer.initial import match_scale
+from offload_trainer.master.precision import not_finite
 from offload_trainer.monitor import Monitor
 from offload_trainer.offloader import Offloader
 from offload_trainer.prepare import Prepared
@@ -16,6 +18,8 @@ from offload_trainer.standins import stand_in
 def start(config: Config, run: Prepared, offloader: Offloader, monitor: Monitor) -> None:
     """Before the first round."""
     section, initialise = config.structure, run.task.initialise
+    if initialise is None and (name := not_finite(offloader.master)) is not None:
+        raise UserError(f"{name} of the model to begin with holds a NaN or an infinity: nothing can be learned from it")
     if not run.structure.names:
         return
     if section.start != "uniform":

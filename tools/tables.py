@@ -11,21 +11,35 @@ from reproduction import PARTS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tools" / "results"
-BEGIN, END = "<!-- results: tools/tables.py -->\n", "<!-- /results -->\n"
 
 Records = list[dict[str, Any]]
 
 
-def tables() -> str:
-    """One table per benchmark and device, of every file in tools/results/."""
+def every() -> Records:
+    """Of every file in tools/results/."""
     records: Records = []
     for path in sorted(RESULTS.glob("*.json")):
         content = json.loads(path.read_text())
         records += [record for record in content if isinstance(record, dict) and {"name", "case"} <= record.keys()]
-    return "\n".join(lines(records))
+    return records
+
+
+def aims(records: Records) -> Iterator[str]:
+    """Every ratio that should be so large at least, whether it is or not; of `scale` that of the largest model."""
+    yield "| benchmark | case | ratio to | aim | measured | reached | on |"
+    yield "| --- | --- | --- | ---: | ---: | --- | --- |"
+    largest = max((record["details"].get("times", 0) for record in records if record["name"] == "scale"), default=0)
+    for record in records:
+        aim, name = record["details"].get("aim"), record["name"]
+        if aim is None or name == "ledger" or (name == "scale" and record["details"]["times"] < largest):
+            continue
+        reached = "yes" if record["ratio"] >= aim else "**no**"
+        cells = (name, record["case"], record["against"], f"{aim:.3g}", f"{record['ratio']:.3g}", reached)
+        yield f"| {' | '.join(cells)} | {record['device']} |"
 
 
 def lines(records: Records) -> Iterator[str]:
+    """A table for each benchmark and device."""
     for name, device in dict.fromkeys((record["name"], record["device"]) for record in records):
         chosen = [r for r in records if (r["name"], r["device"]) == (name, device)]
         tool = chosen[0]["details"].get("tool", f"tools/bench.py {name}")
@@ -160,12 +174,17 @@ LAYOUTS: dict[str, Callable[[Records], Iterator[str]]] = {
 }
 
 
+PARTS_OF_README: dict[str, Callable[[Records], Iterator[str]]] = {"aims": aims, "results": lines}
+"""Between comments of these names."""
+
+
 def main() -> int:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    new = before + BEGIN + "\n" + tables() + END + after
+    readme, records = ROOT / "README.md", every()
+    new = text = readme.read_text()
+    for name, part in PARTS_OF_README.items():
+        begin, end = f"<!-- {name}: tools/tables.py -->\n", f"<!-- /{name} -->\n"
+        before, rest = new.split(begin)
+        new = before + begin + "\n" + "".join(f"{line}\n" for line in part(records)) + end + rest.split(end)[1]
     if "--check" in sys.argv[1:]:
         return int(new != text)
     readme.write_text(new)

@@ -69,7 +69,7 @@ class Crediting:
             if factor is None:
                 continue
             others = [axis for axis in range(parameter.ndim) if axis != slot.axis]
-            products = parameter * factor
+            products = (parameter.conj() * factor).real if parameter.is_complex() else parameter * factor
             elements = products.sum(others, dtype=torch.float32) if others else products.float()
             index = plan.index(slot.tensor, slot.axis)
             first = slot.offset if index is None else int(torch.searchsorted(index, slot.offset))

@@ -6,7 +6,7 @@ tensor is replaced once its old values have left, and training waits for the wei
 is evaluated, for the moments at the first optimizer step.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,18 +59,23 @@ class Swap:
         self._ahead: Ahead | None = None
         """Of the last swap: its places are kept until all that reads them is done."""
 
-    def rest(self) -> None:
-        """The host waits until what a swap brings is there: staging may be written again. In the background."""
+    def prepare(self, subnet: Subnet, plan: Plan, later: Plan, staged: Staged) -> Ahead:
+        """For the swap after the running round: find out what its plan shares with the two that follow.
+
+        In the background; from then on staging may be written.
+        """
         if self._last is not None:
             begin, end = self._last
             end.wait()
             self._transfer.work.link += end.seconds_since(begin)
             self._last = None
-
-    def places(self, before: Plan, after: Plan, names: Iterable[str]) -> Places:
-        """What two plans share of these tensors, on the device. In the background."""
+        names = [name for slab in subnet.slabs for name in slab]
         with self._lane.open():  # a copy on the training stream would wait for the steps that are queued there
-            return on_device({name: before.shared(after, name) for name in names}, self._device)
+            shared, shared_later = (
+                on_device({name: subnet.plan.shared(other, name) for name in names}, self._device)
+                for other in (plan, later)
+            )
+        return Ahead(plan, later, staged, shared, shared_later)
 
     def do(self, subnet: TrainedSubnet, reference: Subnet, ahead: Ahead, left: Left, clock: int) -> None:
         """Begin the round of the reference's plan, and have the later one wait. The host does not wait.

@@ -24,10 +24,10 @@ from offload_trainer.device.subnet import Subnet, TrainedSubnet
 from offload_trainer.device.swap import Ahead, Swap
 from offload_trainer.device.transfer import Transfer, Unloading, Work, limited
 from offload_trainer.groups.plan import Plan
+from offload_trainer.master import Master, Slab
 from offload_trainer.master.interrupts import undivided
-from offload_trainer.master.master import Master
 from offload_trainer.master.moments import OptimizerFactory, StateLayout
-from offload_trainer.master.slab import Slab
+from offload_trainer.randomness import random_state, set_random_state
 
 Compile = bool | Literal["graphs"]
 
@@ -65,9 +65,8 @@ class Workbench:
     ):
         self._master, self._device, self._overlap = master, device, overlap
         self._layout, self._sampled, self.compile = layout, sampled, compile
-        self._new_subnet = partial(
-            TrainedSubnet, device=device, factory=factory, layout=layout, carry=carry, sampled=sampled
-        )
+        ways = {"factory": factory, "layout": layout, "carry": carry, "sampled": sampled}
+        self._new_subnet = partial(TrainedSubnet, device=device, **ways)
         self.transfer = Transfer(device, overlap=overlap, mover=mover)
         self._swap = Swap(self.transfer, device, in_place=compile == "graphs" or device.type == "cpu")
         self._left: dict[str, Mapping[str, Mark]] = {}
@@ -78,7 +77,7 @@ class Workbench:
         self._waiting: Plan | None = None
         """Plan of the next round, whose weights are the reference's."""
         self._ahead: Future[Ahead | None] | None = None
-        """For the next two rounds; None: nothing is gathered for them."""
+        """For the next two rounds."""
         self._ready: Plan | None = None
         """Of which the subnet holds what the master holds, between two rounds."""
         self._leaving: Iterable[tuple[str, Unloading]] = ()
@@ -126,18 +125,17 @@ class Workbench:
         if ahead is None or ahead.later != wanted:
             self._take_reference(wanted)
 
-    def look_ahead(self, later: Plan | None) -> None:
-        """Gather for the next two rounds, while this one trains. later: plan of the one after next, if it is known."""
-        if self._waiting is not None and later is not None and self.subnet.fits(later):
-            staged = self._staging_ahead()  # pinned here: another thread would pin it from the first GPU
-            self._ahead = self.pipeline.do(partial(self._gather_ahead, self._waiting, later, staged))
+    def look_ahead(self, draw: Callable[[], Plan | None]) -> None:
+        """Gather for the next two rounds while this one trains. draw: the plan of the later one, if it is known."""
+        staged = self._staging_ahead()  # pinned here: another thread would do it from the first GPU
+        self._ahead = self.pipeline.do(partial(self._gather_ahead, self._waiting, draw, staged))
 
     @torch.no_grad()
     def leave(self, steps: int, round: int) -> None:
-        """The values of a round, of this number and of `steps` steps, leave for staging. The host waits for nothing,
-        unless the master is narrower (`is_ordinary`).
+        """The values of a round, of this number and of `steps` steps, leave for staging; after `wait`. The host waits
+        for nothing, unless the master is narrower (`is_ordinary`).
 
-        `end` follows, or `clear` if they are not to reach the master. What was gathered must be there (`wait`).
+        `end` follows, or `clear` if they are not to reach the master.
         """
         subnet, rounding = self.subnet, self._master.precision.rounding
         subnet.reattach()
@@ -181,7 +179,7 @@ class Workbench:
         """L(m′), leaving no trace: its BatchNorm statistics stay, dropout draws what the subnet will draw."""
         assert self._reference is not None
         self._swap.hold("weights")
-        module, before = self._reference.module, memory.random_state(self._device)
+        module, before = self._reference.module, random_state(self._device)
         statistics = [buffer.clone() for buffer in module.buffers()]
         try:
             return loss_fn(module, batch)
@@ -189,11 +187,11 @@ class Workbench:
             self._reference.reattach(keep=False)
             for buffer, was in zip(module.buffers(), statistics, strict=True):
                 buffer.copy_(was)
-            memory.set_random_state(self._device, before)
+            set_random_state(before, self._device)
 
     def drop_reference(self) -> None:
         """Free it for the rest of the round, unless it is trained next."""
-        if self._ahead is None:
+        if self._waiting is None:
             self._rest()
             self._reference = None
 
@@ -252,18 +250,20 @@ class Workbench:
         subnet.plan = plan
 
     def _staging_ahead(self) -> dict[str, list[Slab]]:
-        """Staging of weights, and of moments by name, of the tensors that some plan slices.
-
-        Those of the others are all trained in every round, so what waits for them is on the device.
-        """
+        """Staging of weights, and of moments by name; of nothing if no plan waits. Without tensors that no plan slices:
+        all of those is trained in every round, so what waits is on the device."""
         staging, kinds = self.transfer.staging_ahead, self.subnet.kinds_of
-        return {what: staging(limited(kinds(what), self._sampled), what) for what in ("weights", *self.subnet.moments)}
+        wanted = () if self._waiting is None else ("weights", *self.subnet.moments)
+        return {what: staging(limited(kinds(what), self._sampled), what) for what in wanted}
 
-    def _gather_ahead(self, following: Plan, later: Plan, staged: dict[str, list[Slab]]) -> Ahead:
-        """Moments of the next round's plan and weights of the one after. In the background."""
-        trained, names = self.subnet.plan, [name for slab in self.subnet.slabs for name in slab]
-        self._swap.rest()
-        ahead = Ahead(following, later, staged, *(self._swap.places(trained, it, names) for it in (following, later)))
+    def _gather_ahead(
+        self, following: Plan | None, draw: Callable[[], Plan | None], staged: dict[str, list[Slab]]
+    ) -> Ahead | None:
+        """Moments of the next round's plan and weights of the one after, where both fit. In the background."""
+        later = draw()
+        if following is None or later is None or not self.subnet.fits(later):
+            return None
+        ahead = self._swap.prepare(self.subnet, following, later, staged)
         for moment in self.subnet.moments:
             self.transfer.gather(self._master.moments[moment], map(Slab.whole, staged[moment]), following)
         self.transfer.gather(self._master.tensors, map(Slab.whole, staged["weights"]), later)
@@ -296,5 +296,5 @@ class Workbench:
     @property
     def nbytes(self) -> int:
         """Bytes that are kept on the device from step to step: subnet, gradients, moments, reference."""
-        reference = self._reference.nbytes if self._reference is not None else 0
-        return reference + (self._subnet.trained_bytes if self._subnet is not None else 0)
+        trained = self._subnet.trained_bytes if self._subnet is not None else 0
+        return trained + (self._reference.nbytes if self._reference is not None else 0)

@@ -30,7 +30,7 @@ def find_readers(model: nn.Module, groups: Groups) -> list[Reader]:
         place = _input_axis(module)
         if place is None:
             continue
-        weight = first.get(id(module.weight))
+        weight = first.get(id(module._parameters.get("weight")))  # not `module.weight`, which may be a computation
         if weight is None:  # computed, or a buffer: nothing that is sliced and trained
             continue
         if groups.by_tensor.get(weight, {}).get(place[0]):
@@ -45,7 +45,7 @@ def _input_axis(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, Conv1D):
         return 0, -1
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups == 1:
-        return (0 if module.transposed else 1), 1
+        return (0 if module.transposed else 1), -1 - len(module.kernel_size)
     return None
 
 

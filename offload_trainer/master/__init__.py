@@ -4,14 +4,17 @@ from offload_trainer.master.checkpoint import Checkpoint, CheckpointStore, find_
 from offload_trainer.master.ledger import Ledger, Phase
 from offload_trainer.master.master import Master
 from offload_trainer.master.moments import StateLayout, probe_optimizer, trained_dtype
+from offload_trainer.master.precision import FP32, Precision
 from offload_trainer.master.slab import Slab
 
 __all__ = [
+    "FP32",
     "Checkpoint",
     "CheckpointStore",
     "Ledger",
     "Master",
     "Phase",
+    "Precision",
     "Slab",
     "StateLayout",
     "find_checkpoint",

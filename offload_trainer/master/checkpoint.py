@@ -19,6 +19,7 @@ from offload_trainer.files.format import DTYPES
 from offload_trainer.files.reading import read_header
 from offload_trainer.files.writing import dtype_name, file_bytes, file_crc, write_safetensors
 from offload_trainer.master.interrupts import undivided
+from offload_trainer.master.ledger import readable
 
 META = "checkpoint.json"
 FORMAT = 5
@@ -101,8 +102,8 @@ class CheckpointStore:
             need = sum(file_bytes(tensors) for tensors in parts.values())
             free = shutil.disk_usage(self.folder).free
             if need > free:
-                gib = [f"{count / 2**30:.2f} GiB" for count in (need, free)]
-                raise UserError(f"no room for a checkpoint in {self.folder}: it needs {gib[0]}, {gib[1]} are free")
+                sizes = f"it needs {readable(need)}, {readable(free)} are free"
+                raise UserError(f"no room for a checkpoint in {self.folder}: {sizes}")
             files = {}
             for part, tensors in parts.items():
                 size, crc = write_safetensors(writing / f"{part}.safetensors", tensors)

@@ -15,11 +15,20 @@ def undivided():
     held: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     interrupting: dict[int, Any] = {number: handler for number, handler in before.items() if callable(handler)}
-    for number in interrupting:
-        signal.signal(number, lambda number, frame: held.append(number))
+    holding = True
+
+    def hold(number: int, frame: Any) -> None:
+        if holding:
+            held.append(number)
+        else:  # it came while the handlers were put back
+            interrupting[number](number, frame)
+
     try:
+        for number in interrupting:
+            signal.signal(number, hold)
         yield
     finally:
+        holding = False
         for number, handler in interrupting.items():
             signal.signal(number, handler)
         for number in held:

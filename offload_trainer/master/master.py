@@ -51,6 +51,7 @@ class Master:
         if meta and materialise is None:
             raise UserError(f"{meta[0]} is on the meta device: give `materialise`, which fills the model's tensors")
         _require_apart(full)
+        model.zero_grad()  # what its owner has tried: from now on a gradient of the model itself is a mistake
         for dtype, shapes in by_dtype(stored_weights(full, precision)).items():
             # One that a real model moves into is not touched before: never two full copies.
             slab = Slab(shapes, dtype, pin=pin and bool(meta), folder=folder)
@@ -119,13 +120,13 @@ def stored_moments(entries: Entries, precision: Precision) -> Entries:
 
 def _require_apart(tensors: Mapping[str, Tensor]) -> None:
     """Raise `UserError` for two tensors that are one in memory alone and trained: in a slab they would be two."""
-    seen: dict[tuple[int, torch.Size], str] = {}
-    for name, tensor in tensors.items():
-        if tensor.is_meta or not tensor.numel():
-            continue
-        other = seen.setdefault((tensor.data_ptr(), tensor.shape), name)
-        if other != name and (tensor.requires_grad or tensors[other].requires_grad):
-            raise UserError(f"{other} and {name} share their memory but are two tensors: tie them, as one tensor")
+    there = [(t.data_ptr(), name) for name, t in tensors.items() if not t.is_meta and t.numel() and t.is_contiguous()]
+    last, end = "", 0  # of what lies before, the one that reaches furthest
+    for start, name in sorted(there):
+        if start < end and (tensors[name].requires_grad or tensors[last].requires_grad):
+            raise UserError(f"{last} and {name} share their memory but are two tensors: make them one, or clone it")
+        if start + tensors[name].nbytes > end:
+            last, end = name, start + tensors[name].nbytes
 
 
 def _adopt(model: nn.Module, name: str, view: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -106,6 +107,16 @@ def is_ordinary(values: Tensor) -> bool:
         return True
     low, high = values.aminmax()
     return bool(torch.maximum(-low, high) <= LARGEST)  # not so of NaN
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of the first that holds a NaN or an infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
+            low, high = tensor.detach().aminmax()
+            if not bool(low.isfinite() & high.isfinite()):
+                return name
+    return None
 
 
 def _signed(number: int) -> int:

@@ -19,8 +19,8 @@ class Coverage:
 
     def add(self, mask: Tensor, steps: int, now: int) -> None:
         """The units of a mask, (n,) bool, have been trained for `steps`, until step `now` of the run."""
-        self.steps += steps * mask
-        self.last[mask] = now
+        self.steps.add_(mask, alpha=steps)
+        self.last.masked_fill_(mask, now)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"steps": self.steps.clone(), "last": self.last.clone()}

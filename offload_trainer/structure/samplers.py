@@ -106,6 +106,10 @@ def inclusion(
         return ones.double() * (k / n_ones)
     if n_positive <= k:
         return torch.ones_like(p).masked_fill(zeros, (k - n_positive) / max(n - n_positive, 1))
+    rest = p.masked_fill(ones, 0)
+    factor = (k - n_ones) / rest.cumsum(0)[-1]  # not `sum`, which depends on the number of threads
+    if factor * rest.max() <= 1:
+        return (rest * factor).masked_fill(ones, 1)
     # With the i largest at 1, the rest is scaled to sum to k - i: the first i that leaves none above 1.
     largest = p.sort(descending=True).values
     i = torch.arange(n, device=s.device)

@@ -108,7 +108,7 @@ class Structure:
             s.fill_(self._pool.allowance(name, 0) / s.numel())
         self._scores = torch.zeros_like(self._flat)
         self._outside = 0.0  # the share of a subnet's units outside the best by scores; 0: there are no scores
-        self._drawn, self.coverage = Drawn(units), Coverage(units)
+        self._drawn, self.coverage = Drawn(units, self._pool.kept), Coverage(units)
         self._credit, self._effects = Credit(units), Effects(units, remembers=control == "linear")
         self._descent = Descent(self._flat, lr)
         self._parts = {"adam": self._descent, "drawn": self._drawn, "coverage": self.coverage}
@@ -206,15 +206,16 @@ class Structure:
 
     def _descend(self, d: float) -> None:
         """One step of Adam down the gradient that the last pair estimates."""
-        if self._drawn.count < 2:
+        if len(self._drawn) < 2:
             raise RuntimeError("update() needs the masks of a pair(): draw one first")
-        (s, m), (s2, m2), *_ = self._drawn
+        first, second, *_ = self._drawn
+        s, m, s2, m2 = first.s, first.mask, second.s, second.mask
         estimate = ESTIMATORS[self.estimator]
-        if self.estimator == "disarm" and not self._drawn.twin[1]:
+        if self.estimator == "disarm" and not second.twin:
             estimate = rloo  # the second of twins and the first of the next two: drawn independently
         if self.control == "linear":
             effects = self._effects.expected(self._credit.known(self._pool.sizes))
-            c = self._pool.centred(self._effects.trust() * effects, s, twins=bool(self._drawn.twin[1]))
+            c = self._pool.centred(self._effects.trust() * effects, s, twins=second.twin)
             self._descent.step(controlled(estimate, s, m, s2, m2, d, self.alpha, c))
             self._effects.compare(m, m2, d, effects)
         else:
@@ -285,11 +286,11 @@ class Structure:
 
     def _fill(self, count: int) -> list[Kept]:
         """Draws until so many masks are remembered."""
-        while self._drawn.count < count:
+        while len(self._drawn) < count:
             if self.estimator == "disarm":
                 one, other = self._pool.twins(self._flat, self.step, self._generator)
                 self._drawn.push(one, self._flat)
                 self._drawn.push(other, self._flat, twin=True)
             else:
                 self._drawn.push(self._pool.draw(self._flat, self.step, self._generator), self._flat)
-        return [self._pool.kept(mask) for _, mask in self._drawn][:count]
+        return [draw.kept for draw in self._drawn][:count]

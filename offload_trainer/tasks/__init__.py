@@ -2,10 +2,10 @@
 
 from offload_trainer.config import CausalLM, Custom, ImageClassification
 from offload_trainer.tasks import causal_lm, custom, image_classification
-from offload_trainer.tasks.custom import rehearse
+from offload_trainer.tasks.custom import rehearse, rehearse_narrow
 from offload_trainer.tasks.task import Task
 
-__all__ = ["Task", "build_task", "rehearse"]
+__all__ = ["Task", "build_task", "rehearse", "rehearse_narrow"]
 
 
 def build_task(config: CausalLM | ImageClassification | Custom, seed: int) -> Task:

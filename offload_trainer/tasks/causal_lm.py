@@ -111,7 +111,7 @@ def _dict_config(values: dict[str, Any]) -> Any:
     """A transformers config of `values["model_type"]`; a field that type does not have is an error, not ignored."""
     fields = dict(values)
     model_type = fields.pop("model_type", None)
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise UserError(f"task.model.model_type ({model_type}) must be a model type of transformers, such as llama")
     try:
         model_config = AutoConfig.for_model(model_type, **fields)
@@ -144,7 +144,7 @@ def _folder_config(folder: Path) -> Any:
         model_type = values["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where} is not a model's config: {type(error).__name__}: {_first_line(error)}") from error
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         code = "auto_map" in values
         reason = "needs code of its own, which is never run" if code else "is not one that this transformers knows"
         raise UserError(f"{where}: model_type ({model_type}) {reason}")
@@ -168,11 +168,10 @@ def _check_sizes(config: "CausalLM", model_config: Any, tokens: int, bytewise: b
             f"task.model's vocab_size ({text_config.vocab_size}) must be at least the tokenizer's ({tokens}"
             f"{', bytes' if bytewise else ''})"
         )
-    positions = getattr(text_config, "max_position_embeddings", None)
-    if positions is not None and config.sequence > positions:
-        raise UserError(
-            f"task.sequence ({config.sequence}) must be at most the model's max_position_embeddings ({positions})"
-        )
+    for name in ("max_position_embeddings", "max_seq_len"):  # MPT's
+        positions = getattr(text_config, name, None)
+        if positions is not None and config.sequence > positions:
+            raise UserError(f"task.sequence ({config.sequence}) must be at most the model's {name} ({positions})")
 
 
 def _blocks(documents: list[bytes], part: str, config: "CausalLM", tokenizer: Any | None) -> Tensor:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from offload_trainer.batches import batch_rows, shard
+from offload_trainer.batches import batch_rows, loose, shard
 from offload_trainer.errors import UserError
+from offload_trainer.randomness import RandomState
 from offload_trainer.tasks.hf_config import save_config, why_no_config
-from offload_trainer.tasks.loaders import RandomState, train_batches, val_batches
+from offload_trainer.tasks.loaders import train_batches, val_batches
 from offload_trainer.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -97,7 +98,21 @@ def rehearse(task: Task, module: nn.Module, batch: Any, val_batch: Any, function
         _rehearse(task, module, batch, val_batch, who)
 
 
+def rehearse_narrow(task: Task, module: nn.Module, val_batch: Any, function: str) -> None:
+    """The metrics of a batch, of a module whose weights are stored in bfloat16, as the full master's may be."""
+    with RandomState(0).installed(), torch.no_grad():
+        try:
+            task.metrics_fn(module.eval(), val_batch)
+        except Exception as error:  # whatever cannot compute with both types
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(
+                f"task.function ({function}): the model does not run with weights stored in bfloat16, so that the full"
+                f" master could not be evaluated ({said}): leave memory.weights at fp32"
+            ) from error
+
+
 def _rehearse(task: Task, module: nn.Module, batch: Any, val_batch: Any, who: str) -> None:
+    task.model.zero_grad()  # of what its owner has tried
     loss = _told(lambda: task.loss_fn(module.train(), batch), f"{who}: loss")
     if not loss.requires_grad:
         raise UserError(f"{who}: loss does not depend on a trained parameter: it has no gradient")
@@ -152,7 +167,7 @@ def _call(name: str, arguments: dict[str, Any]) -> Any:
 
 def _checked_loss(loss: Callable[[nn.Module, Any], Any], who: str) -> Callable[[nn.Module, Any], Tensor]:
     def loss_fn(module: nn.Module, batch: Any) -> Tensor:
-        return _scalar(loss(module, batch), f"{who}: loss")
+        return _scalar(loss(module, loose(batch)), f"{who}: loss")
 
     return loss_fn
 
@@ -165,11 +180,11 @@ def _metrics(
     name = given if given.isidentifier() else "metric"  # a lambda's is not one
 
     def metrics_fn(module: nn.Module, batch: Any) -> dict[str, Tensor]:
-        found = {} if metric is None else metric(module, batch)
+        found = {} if metric is None else metric(module, loose(batch))
         found = found if isinstance(found, Mapping) else {name: found}
         values = {str(key): _scalar(value, f"{who}: metric {key}") for key, value in found.items()}
         if "loss" not in values:
-            values = {"loss": _scalar(loss(module, batch), f"{who}: loss"), **values}
+            values = {"loss": _scalar(loss(module, loose(batch)), f"{who}: loss"), **values}
         return values
 
     return metrics_fn

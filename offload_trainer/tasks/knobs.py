@@ -125,7 +125,11 @@ def _hold_head_size(kind: type, config: Any) -> bool:
     before = dict(vars(owner))
     if type(before.get(hidden[-1])) is not int or type(before.get(heads[-1])) is not int:
         return True
-    if getattr(owner, str(size[-1]), None) is None:
+    try:
+        known = getattr(owner, str(size[-1]), None)
+    except Exception:  # Gemma 4: heads of several sizes, which no one number is
+        return True
+    if known is None:
         _set(config, {size: before[hidden[-1]] // before[heads[-1]]})
     shapes = model_shapes(kind, config)
     effect = None if shapes is None else _effect(kind, config, shapes, (heads,))

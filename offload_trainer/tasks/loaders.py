@@ -1,16 +1,14 @@
 """Plain loaders of batches as the endless, step-indexed `train` and the finite `val` of a task."""
 
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from offload_trainer.errors import UserError
+from offload_trainer.randomness import RandomState
 from offload_trainer.tasks.task import random_stream
 
 
@@ -131,35 +129,3 @@ class ValBatches(Sequence[Any]):
     def __getitem__(self, index: Any) -> Any:
         chosen = range(self.length)[index]
         return [self.loader[number] for number in chosen] if isinstance(chosen, range) else self.loader[chosen]
-
-
-class RandomState:
-    """A state of its own for the three global random generators, put in their place for a while."""
-
-    def __init__(self, seed: int):
-        self.states: tuple[Any, Any, Any] = (
-            torch.Generator().manual_seed(seed).get_state(),
-            np.random.RandomState(seed).get_state(),
-            random.Random(seed).getstate(),
-        )
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Goes on from where the last use ended; afterwards the generators are as they were."""
-        outside = _random_states()
-        _set_random_states(self.states)
-        try:
-            yield
-        finally:
-            self.states = _random_states()
-            _set_random_states(outside)
-
-
-def _random_states() -> tuple[Any, Any, Any]:
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()
-
-
-def _set_random_states(states: tuple[Any, Any, Any]) -> None:
-    torch.set_rng_state(states[0])
-    np.random.set_state(states[1])
-    random.setstate(states[2])

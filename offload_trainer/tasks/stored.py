@@ -20,7 +20,14 @@ def stored_tensors(folder: Path) -> list[Stored]:
     if (folder / INDEX).is_file():
         return _indexed(folder)
     if files := sorted(folder.glob("*.safetensors")):
-        return [stored for file in files for stored in _header(file)]
+        found: dict[str, Stored] = {}
+        for stored in (stored for file in files for stored in _header(file)):
+            if (first := found.setdefault(stored.name, stored)) is not stored:
+                raise UserError(
+                    f"task.model ({folder}): {first.file.name} and {stored.file.name} both hold {stored.name}, and no"
+                    f" {INDEX} says which counts: remove one of them"
+                )
+        return list(found.values())
     pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
     if pickles:
         raise UserError(

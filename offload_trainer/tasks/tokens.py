@@ -1,5 +1,6 @@
 """Tokenizers: a folder's, the model's own, or bytes."""
 
+import string
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from offload_trainer.errors import UserError
 
 BYTES = 256
 """Vocabulary of the byte-level tokens."""
+FEW = 64
+"""Tokens: fewer, and none for any printable character, are special ones alone, all that transformers makes up."""
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 """One of them is in every folder with a tokenizer; without any, transformers may make up an empty one."""
@@ -32,10 +35,14 @@ def load_tokenizer(tokenizer: str | None, model: Path | None) -> Any | None:
         advice = "give task.tokenizer a tokenizer folder, or bytes"
         raise UserError(f"{key} ({folder}) has no tokenizer in it ({_FILES[0]} or the like): {advice}")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        known = set(loaded.encode(string.printable, add_special_tokens=False)) - {loaded.unk_token_id}
     except Exception as error:  # whatever is wrong with the files in it
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{key} ({folder}): its tokenizer does not load: {reason}") from error
+    if not known and len(loaded.get_vocab()) < FEW:
+        raise UserError(f"{key} ({folder}): its tokenizer knows no text: the vocabulary ({_FILES[0]}) is missing")
+    return loaded
 
 
 def vocabulary(tokenizer: Any | None) -> int:
