@@ -237,6 +237,8 @@ def wrong(part: str) -> dict[str, Any]:
         "half the model": {"loss": lambda module, batch: cross_entropy(module, batch) + model[0].weight.square().sum()},
         "odd end": {"train": [*made["train"][:2], (points[:9], labels[:9])]},
         "no rows": {"val": [(points[:0], labels[:0])]},
+        "spectral": {"model": spectral()},
+        "complex": {"model": Spectrum()},
         "square": {"model": nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))},
     }
     if part == "type":
@@ -244,6 +246,24 @@ def wrong(part: str) -> dict[str, Any]:
     if part == "frozen":
         model.requires_grad_(False)
     return made | change.get(part, {})
+
+
+def spectral() -> nn.Module:
+    """A weight that is computed from a matrix and a vector: of one type they must be."""
+    inner = nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16))
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), inner, nn.ReLU(), nn.Linear(16, 3))
+
+
+class Spectrum(nn.Module):
+    """Complex numbers, but not in its first parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(8, 16), nn.Linear(16, 3)
+        self.turn = nn.Parameter(torch.randn(16, dtype=torch.cfloat))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outer((self.inner(x) * self.turn).abs())
 
 
 def a_failure() -> None:

@@ -88,6 +88,16 @@ CASES: dict[str, tuple[dict[str, object], list[str], str]] = {
     "rules for widths": (custom("wrong", part="widths"), [], "widths must be a dict of rules; it is int"),
     "a tensor that no file holds": (custom("wrong", part="type"), [], "ticks: tensors of torch.uint16 cannot be saved"),
     "nothing to train": (custom("wrong", part="frozen"), [], "no parameter of the model is trained"),
+    "weights that bf16 cannot hold": (
+        custom("wrong", part="spectral") | {"memory.weights": "bf16"},
+        [],
+        "does not run with weights stored in bfloat16, so that the full master could not be evaluated (RuntimeError: ",
+    ),
+    "longer than MPT's positions": (
+        {"task.model": {"model_type": "mpt", "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 16}},
+        [],
+        "at most the model's max_seq_len (16)",
+    ),
     "tracker": ({"track.trackers": ["carrier pigeon"]}, [], "carrier pigeon"),
 }
 

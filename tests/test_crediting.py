@@ -181,3 +181,47 @@ def test_magnitude_is_the_size_of_what_reads_a_unit() -> None:
         found = trainer._crediting.take(plan)
         assert found is not None
     torch.testing.assert_close(found["8"][0], linear.square().sum(0))
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 7)
+        self.w = nn.Parameter(torch.randn(7, dtype=torch.cfloat))
+        self.v = nn.Parameter(torch.randn(7, 3, dtype=torch.cfloat))
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        inner, w, v = self.inner(x), self.w, self.v
+        if gate is not None:  # on each
+            inner, w, v = gate * inner, gate * w, gate[:, None] * v
+        return ((inner * w) @ v).abs()
+
+
+@pytest.mark.parametrize("magnitude", [False, True])
+def test_complex_parameters_count_as_pairs_of_numbers(magnitude: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Complex(), torch.randn(9, 6)
+    groups = find_groups(model, (x,))
+    (name,) = [group.name for group in groups]
+    crediting, plan = Crediting(model, groups, [name], magnitude=magnitude), Plan.whole(groups)
+    gate = torch.ones(7, requires_grad=True)
+    model(x, gate).square().mean().backward()
+    crediting.add(plan, dict(model.named_parameters()))
+    found = crediting.take(plan)
+    assert found is not None and gate.grad is not None
+    if magnitude:
+        sizes = [p.detach().abs().square().flatten(1).sum(1) for p in (model.inner.weight, model.v)]
+        vectors = [p.detach().abs().square() for p in (model.inner.bias, model.w)]
+        expected = sum([*sizes, *vectors], torch.zeros(7))
+    else:
+        expected = gate.grad  # on all that the unit is: its own row and bias, w, and its row of v
+    torch.testing.assert_close(found[name][0], expected)
+
+
+def test_looking_for_readers_computes_nothing() -> None:
+    """Reading a parametrized weight would move the buffers of a spectral norm on."""
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.utils.parametrizations.spectral_norm(nn.Linear(9, 4)))
+    groups = find_groups(model, (torch.randn(3, 6),))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    find_readers(model, groups)
+    assert before and all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())

@@ -1,5 +1,7 @@
 """What validation keeps while the master passes through the device."""
 
+import math
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -73,3 +75,10 @@ def test_the_masters_batchnorm_gets_statistics_of_its_own() -> None:
     torch.testing.assert_close(norm.running_mean, torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
     torch.testing.assert_close(norm.running_var, torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0))
     assert norm.momentum == 0.1
+
+
+def test_a_batch_without_rows_counts_nothing() -> None:
+    """Its mean is not a number."""
+    model, batches = deep(), [torch.randn(5, 64), torch.randn(0, 64)]
+    means = [evaluate_full(model, part, metrics, len, Accelerator(cpu=True)) for part in (batches, batches[:1])]
+    assert means[0] == means[1] and math.isfinite(means[0]["loss"])

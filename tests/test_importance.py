@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from offload_trainer import run
+from offload_trainer import UserError, run
 from offload_trainer.groups import find_groups
 from offload_trainer.groups.readers import find_readers
 from offload_trainer.importance import importance
@@ -173,3 +173,72 @@ def test_the_first_round_trains_the_top_plan_and_leaves_s_alone(tmp_path: Path):
     assert run.main(["--config", str(config)]) == 0
     differences = {record["step"]: record["difference"] for record in runs.metrics(tmp_path / "out")}
     assert differences[4] is None and differences[8] is not None  # of the last finished round
+
+
+class Named(nn.Module):
+    """Its second layer is called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.o(input=self.a(x).relu())
+
+
+class OneRow(nn.Module):
+    """A layer that reads a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.z, self.h, self.g = nn.Parameter(torch.randn(5)), nn.Linear(5, 16), nn.Linear(16, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.g(self.h(self.z).relu())
+
+
+class Vectors(nn.Module):
+    """No matrix at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b, self.v = (nn.Parameter(torch.randn(16)) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((x[..., None] * self.w + self.b).relu() * self.v).sum(-1)
+
+
+@pytest.mark.parametrize("kind", [Named, OneRow, Vectors, "float64"])
+def test_layers_that_are_called_in_other_ways(kind: type[nn.Module] | str) -> None:
+    model = kind() if isinstance(kind, type) else nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).double()
+    x = torch.randn(4, 6, dtype=next(model.parameters()).dtype)
+    groups = find_groups(model, (x,))
+    names = [group.name for group in groups]
+    scores, by_weight = importance(model, groups, names, [x], lambda m, b: m(b).mean(), Accelerator(cpu=True))
+    assert by_weight == (["w"] if kind is Vectors else [])
+    assert all(float(score.sum()) == pytest.approx(1) and bool((score > 0).any()) for score in scores.values())
+    if kind is Vectors:
+        shares = torch.stack([v.square() / v.square().sum() for v in model.parameters()]).mean(0)
+        torch.testing.assert_close(scores["w"], shares.detach())
+
+
+@pytest.mark.parametrize("shape", [(6, 8, 5), (3, 6, 8, 5)], ids=["no batch axis", "batches"])
+def test_channels_are_found_with_and_without_a_batch_axis(shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(nn.Conv2d(6, 8, 1), nn.Conv2d(8, 4, 1))  # as many channels as rows
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.copy_(torch.tensor([9.0, *7 * [1.0]]))
+        model[1].weight.fill_(1.0)
+    x = torch.randn(shape)
+    groups = find_groups(model, (x,))
+    scores, _ = importance(model, groups, ["0"], [x], lambda m, b: m(b).mean(), Accelerator(cpu=True))
+    torch.testing.assert_close(scores["0"], torch.tensor([81.0, *7 * [1.0]]) / 88)
+
+
+def test_what_is_not_finite_names_the_group() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[1].weight[0, 0] = float("nan")
+    x = torch.randn(4, 6)
+    with pytest.raises(UserError, match="importance of group '0' is not finite"):
+        importance(model, find_groups(model, (x,)), ["0"], [x], lambda m, b: m(b).mean(), Accelerator(cpu=True))

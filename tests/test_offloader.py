@@ -761,3 +761,38 @@ def test_s_does_not_depend_on_the_default_type(dtype: torch.dtype) -> None:
         finally:
             torch.set_default_dtype(torch.float32)
     assert torch.equal(*found)
+
+
+def test_gradients_from_before_are_no_mistake() -> None:
+    """Of a step that its owner has tried on the model itself."""
+    model, batches = network(), data(4)
+    loss_fn(model, batches[0]).backward()
+    with offloader(model) as trainer:
+        run(trainer, batches)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_loss_may_take_things_out_of_its_batch() -> None:
+    """The second subnet of a pair finds them again."""
+    model = network()
+    groups = find_groups(model, (torch.zeros(3, 3, 8, 8),))
+    structure = Structure(groups, 0.5, paired_batches=2)
+
+    def taking(module: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        labels = batch.pop("labels")
+        return nn.functional.cross_entropy(module(batch["images"]), labels)
+
+    with Offloader(model, groups, taking, optimizer=ADAMW, structure=structure, sync_every=3) as trainer:
+        for images, labels in data(6):
+            trainer.accelerator.backward(trainer.loss({"images": images, "labels": labels}))
+            trainer.step()
+    assert trainer.rounds == 2
+
+
+def test_a_buffer_that_is_a_part_of_a_weight_is_refused() -> None:
+    """In the master they would be two."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    model.register_buffer("first", model[0].weight.data[:4])
+    groups = find_groups(model, (torch.zeros(3, 6),))
+    with pytest.raises(UserError, match=r"share their memory but are two tensors: make them one, or clone it"):
+        Offloader(model, groups, loss_fn, optimizer=ADAMW, structure=Structure(groups, 0.5))

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from subprocess import PIPE
+from typing import Any
 
 import psutil
 import pytest
@@ -411,3 +412,29 @@ def test_the_custom_task_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.
     summary = json.loads((tmp_path / "runs" / "mine" / "summary.json").read_text())
     assert summary["steps"] == 200
     assert summary["exported"]["parameters"] < 0.55 * summary["full_master"]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"structure": {"keep": 0.53, "schedule": "cubic", "start_keep": 1.0, "schedule_steps": 4}},
+            "hidden size (17)",
+        ),
+        ({"structure": {"keep": 0.5, "schedule": "cubic", "start_keep": 0.9, "schedule_steps": 4}}, None),
+        ({"structure": {"keep": 0.5, "budget": "global"}}, "only if layers end with equal widths"),
+    ],
+    ids=["ends without one", "begins without one", "nobody knows"],
+)
+def test_what_the_export_will_lack_is_told_of_the_end_of_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], keys: dict[str, Any], said: str | None
+) -> None:
+    assert main(["--config", str(config(tmp_path, **keys)), "--dry-run"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert ("config.json" in out) == (said is not None) and (said or "") in out
+
+
+def test_a_model_with_some_complex_parameters_trains(tmp_path: Path) -> None:
+    """For which torch has no fused optimizer."""
+    assert main(["--config", str(config(tmp_path, steps=4, **custom("wrong", part="complex")))]) == 0
+    assert math.isfinite(json.loads((tmp_path / "out" / "summary.json").read_text())["exported"]["loss"])

@@ -127,3 +127,25 @@ def test_a_run_says_how_many_layers(tmp_path: Path, capsys: pytest.CaptureFixtur
     words = ["--out", str(tmp_path / "other"), "--structure.stand_in", "false"]
     assert run.main(["--config", str(config), *words]) == 0
     assert "stand in" not in capsys.readouterr().out
+
+
+class Aside(nn.Module):
+    """Of two layers one is never called: its weight is read by itself, as Mamba reads one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(6, 8), nn.Linear(8, 9), nn.Linear(9, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = (self.a(x).relu() @ self.b.weight.T).relu()
+        return self.d(self.c(hidden))
+
+
+def test_a_layer_that_is_never_called_is_left_alone() -> None:
+    model, x = Aside(), torch.randn(30, 6)
+    groups = find_groups(model, (x,))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    plan = Plan(groups, {"a": torch.arange(4), "b": torch.arange(5)})
+    assert stand_in(model, master_of(model), plan, [x], lambda m, b: m(b).mean(), Accelerator(cpu=True)) == 1
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {"c.weight"}

@@ -1,6 +1,7 @@
 """The proof itself: it catches hand-written rules that are wrong, and does not pass for want of evidence."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -298,3 +299,34 @@ def test_ties_of_one_layer_used_twice_are_not_confused_by_its_calls():
     with pytest.raises(UserError, match=r"does not run: layer \(Linear\)"):
         verify_groups(model, read_rules(rules, model), vectors(6))
     assert verify_groups(model, groups, vectors(6)) < 1e-5
+
+
+class Auxiliary(MLP):
+    """A head that training alone runs. odd: it adds noise, which no proof can look through."""
+
+    def __init__(self, *, odd: bool = False):
+        super().__init__()
+        self.auxiliary = nn.Sequential(nn.Linear(6, 9), nn.Dropout(0.5), nn.Linear(9, 3))
+        self.odd = odd
+
+    def forward(self, x: Tensor) -> Any:
+        out = super().forward(x)
+        if not self.training:
+            return out
+        noise = torch.rand(()) if self.odd else 0
+        return out, self.auxiliary(x) + noise
+
+
+def test_what_only_training_runs_is_verified_there():
+    groups = find_groups(Auxiliary(), vectors(6))
+    assert "auxiliary.0" in [group.name for group in groups]
+    assert verify_groups(Auxiliary(), groups, vectors(6)) < 1e-5
+    with pytest.raises(UserError, match=r"auxiliary.0.*where only training needs it, do without this proof"):
+        verify_groups(Auxiliary(odd=True), find_groups(Auxiliary(odd=True), vectors(6)), vectors(6))
+
+
+def test_a_wrong_slot_of_what_only_training_runs_is_seen():
+    groups = find_groups(Auxiliary(), vectors(6))
+    wrong = by_hand(groups, Auxiliary(), **{"auxiliary.0": ["auxiliary.0.weight:0", "auxiliary.2.weight:1"]})
+    with pytest.raises(UserError, match=r"auxiliary"):
+        verify_groups(Auxiliary(), wrong, vectors(6))

@@ -328,6 +328,18 @@ def remote_code(folder: Path) -> None:
     )
 
 
+def twice(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "more.safetensors").write_bytes(shard(folder).read_bytes())
+
+
+def no_vocabulary(folder: Path) -> None:
+    """Transformers makes up an empty one."""
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+
+
 def no_tokenizer(folder: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
@@ -388,6 +400,9 @@ FOLDERS = {
         config_key(quantization_config={"quant_method": "gptq", "bits": 4}),
         "is quantized (gptq)",
     ),
+    "two files for one name": (twice, "and no model.safetensors.index.json says which counts"),
+    "a list for a type": (config_key(model_type=["llama"]), "model_type (['llama']) is not one"),
+    "no vocabulary": (no_vocabulary, "its tokenizer knows no text: the vocabulary (tokenizer.json) is missing"),
     "no tokenizer": (no_tokenizer, "has no tokenizer in it"),
     "broken tokenizer": (broken_tokenizer, "its tokenizer does not load"),
     "larger tokenizer": (larger_tokenizer, "vocab_size (256) must be at least the tokenizer's (266)"),
@@ -431,3 +446,19 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_not_an_endless_loop(tm
     with pytest.raises(UserError) as error:
         materialise(with_memory(model), weights.load)
     assert "has become shorter" in message(error)
+
+
+@pytest.mark.parametrize("start", ["uniform", "importance"])
+def test_weights_that_are_not_numbers_are_named_before_the_first_step(tmp_path, capsys, start):
+    folder = whole(tmp_path / "model")
+    file = shard(folder, 1)
+    tensors = load_file(file)
+    name = sorted(name for name in tensors if name.endswith("weight"))[-1]
+    tensors[name].view(-1)[3] = float("inf")
+    save_file(tensors, file, {"format": "pt"})
+    capsys.readouterr()
+    code = main(["--config", str(config(tmp_path, **{"task.model": str(folder), "structure.start": start}))])
+    line = capsys.readouterr().err.strip()
+    assert code == 2 and line == (
+        f"error: {name} of the model to begin with holds a NaN or an infinity: nothing can be learned from it"
+    )

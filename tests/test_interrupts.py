@@ -1,0 +1,36 @@
+"""Blocks that an interrupt does not divide."""
+
+import signal
+import time
+from typing import Any
+
+import pytest
+
+from offload_trainer.master.interrupts import undivided
+
+
+@pytest.mark.parametrize("at", [0, 1], ids=["while handlers are put in place", "while they are put back"])
+def test_an_interrupt_beside_an_undivided_block_leaves_the_handlers(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    whole, calls = signal.signal, [0]
+
+    def interrupted(number: int, handler: Any) -> Any:
+        result = whole(number, handler)
+        calls[0] += 1
+        if calls[0] == 1 + 2 * at:  # the other signal, of which the handler is the old one
+            signal.raise_signal(signal.SIGTERM if at == 0 else signal.SIGINT)
+        return result
+
+    whole(signal.SIGTERM, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(signal, "signal", interrupted)
+        with pytest.raises(KeyboardInterrupt), undivided():
+            pass
+        monkeypatch.setattr(signal, "signal", whole)
+        for number in before:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+                time.sleep(1)
+    finally:
+        for number, handler in before.items():
+            whole(number, handler)
