@@ -80,7 +80,7 @@ def means_over_inputs(
 
     def watch(reader: Reader) -> Callable[..., None]:
         def add(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            x = (inputs[0] if inputs else named["input"]).detach().movedim(reader.features, -1)
+            x = (inputs[0] if inputs else next(iter(named.values()))).detach().movedim(reader.features, -1)
             x = x.reshape(-1, x.shape[-1]).float()  # (rows, features)
             total = of(x).cpu()
             sums[reader.path] = sums[reader.path].add_(total) if reader.path in sums else total

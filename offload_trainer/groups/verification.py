@@ -62,23 +62,25 @@ def verify_groups(
     wide = sum(shape.numel() for shape in groups.shapes.values()) > stand_in_above
     subject = None if wide else _Subject(model, groups)
     worst = 0.0
+
+    def drawn() -> _Subject:
+        made = subject or _Subject(*_stand_in(model, groups, stand_in_above // 4, generator), _FAILURE)
+        made.randomise(generator)
+        return made
+
+    def prove(on: _Subject) -> float:
+        for name in _reached(on, unseen.keys(), inputs, tolerance, generator) if unseen else ():
+            del unseen[name]
+        return _verify(on, random_plan(on.groups, generator, spread=0.3), inputs, tolerance)
+
     with plain_attention():
         for number in range(plans + _MORE):
-            if number >= plans and not unseen:
-                break
-            drawn = subject or _Subject(*_stand_in(model, groups, stand_in_above // 4, generator), _FAILURE)
-            drawn.randomise(generator)
-            for name in _reached(drawn, unseen.keys(), inputs, tolerance, generator) if unseen else ():
-                del unseen[name]
-            worst = max(worst, _verify(drawn, random_plan(drawn.groups, generator, spread=0.3), inputs, tolerance))
+            if number < plans or unseen:
+                worst = max(worst, prove(drawn()))
         for _ in range(plans if unseen else 0):  # of what only training runs, such as auxiliary heads
-            drawn = subject or _Subject(*_stand_in(model, groups, stand_in_above // 4, generator), _FAILURE)
-            drawn.randomise(generator)
-            if not drawn.trains_alike(inputs):
-                break
-            for name in _reached(drawn, unseen.keys(), inputs, tolerance, generator):
-                del unseen[name]
-            worst = max(worst, _verify(drawn, random_plan(drawn.groups, generator, spread=0.3), inputs, tolerance))
+            trained = drawn()
+            if trained.trains_alike(inputs):
+                worst = max(worst, prove(trained))
     for name, group in unseen.items():
         raise UserError(
             f"the model's outputs do not depend on group {name!r} (first slot {group.slots[0]}) with random weights "
