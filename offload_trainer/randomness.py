@@ -1,6 +1,5 @@
 """The global generators of random numbers that a model, a loss or a loader draws from: torch's, NumPy's, Python's."""
 
-import math
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,13 +34,12 @@ def set_random_state(states: Mapping[str, Tensor], device: torch.device = CPU) -
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
     if "python" in states:
-        spare = float(states["python.spare"])
-        random.setstate((3, tuple(states["python"].tolist()), None if math.isnan(spare) else spare))
+        there, spare = states["python.spare"].tolist()
+        random.setstate((3, tuple(states["python"].tolist()), spare if there else None))
     if "numpy" in states:
         *words, place = states["numpy"].tolist()
-        spare = float(states["numpy.spare"])
-        has_spare = not math.isnan(spare)
-        np.random.set_state(("MT19937", np.array(words, np.uint32), place, int(has_spare), spare if has_spare else 0.0))
+        there, spare = states["numpy.spare"].tolist()
+        np.random.set_state(("MT19937", np.array(words, np.uint32), place, int(there), spare))
 
 
 class RandomState:
@@ -75,5 +73,5 @@ class RandomState:
 
 
 def _spare(number: float | None) -> Tensor:
-    """The second of two normal numbers that were drawn together; NaN: there is none."""
-    return torch.tensor(math.nan if number is None else number, dtype=torch.float64, device="cpu")
+    """(2,): whether there is the second of two normal numbers that were drawn together, and that."""
+    return torch.tensor([number is not None, number or 0.0], dtype=torch.float64, device="cpu")

@@ -30,5 +30,5 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM) if code == INTERRUPTED else ():
         signal.signal(number, signal.SIG_IGN)  # one more would only disturb the end
     if code == INTERRUPTED:
-        print("interrupted", file=sys.stderr)
+        sys.stderr.write("interrupted\n")  # at once: several processes write there
     sys.exit(code)

@@ -224,7 +224,7 @@ def test_a_full_disk_is_found_before_writing(store: CheckpointStore, monkeypatch
     before = content(store)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1000, 900, 100))
-    with pytest.raises(UserError, match=r"no room for a checkpoint in .*: it needs .* GiB, .* GiB are free"):
+    with pytest.raises(UserError, match=r"no room for a checkpoint in .*: it needs .* B, 100 B are free"):
         store.save(30, parts(3.0), {})
     assert content(store) == before
 
