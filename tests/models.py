@@ -171,6 +171,21 @@ class Norms(nn.Module):
         return self.head(self.rms(self.inner(self.layer(x))))
 
 
+class NormsOverSeveralAxes(nn.Module):
+    """Of which units are the last, the first, or the first of three."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.maps = nn.Conv2d(3, 8, 3, padding=1), nn.LayerNorm((8, 16, 16))
+        self.inner = nn.Linear(16, 10)
+        self.last, self.first = nn.LayerNorm((16, 10)), nn.LayerNorm((10, 16))
+        self.out = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(self.inner(torch.relu(self.maps(self.conv(x)))))
+        return self.out(torch.relu(self.first(x.mT))).mean((2, 3))
+
+
 class AffineFreeNorms(nn.Module):
     """Norms whose width no tensor mirrors: what they normalise stays whole, the rest is sliced."""
 
@@ -478,6 +493,7 @@ FAMILIES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "inverted residual": lambda: (InvertedResidual(), images()),
     "grouped convolutions": lambda: (GroupedConvolutions(), images()),
     "norms": lambda: (Norms(), images()),
+    "norms over several axes": lambda: (NormsOverSeveralAxes(), images()),
     "affine-free norms": lambda: (AffineFreeNorms(), images()),
     "vit": lambda: (ViT(), images()),
     "conv flatten linear": lambda: (ConvFlattenLinear(), images()),

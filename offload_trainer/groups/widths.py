@@ -89,12 +89,17 @@ def fit_widths(module: nn.Module, plan: Plan, groups: Groups) -> None:
 
     for path, child in module.named_modules():
         for attribute, rule in _rules_for(child, groups):
+            value = attrgetter(attribute)(child)
+            if attribute == "normalized_shape":  # a size for each axis of the weight
+                sizes = [change(path, (rule[0], axis)) for axis in range(len(value))]
+                value = tuple(_scaled(size, *pair) for size, pair in zip(value, sizes, strict=True))
+                _set(child, attribute, value)
+                continue
             before, after = change(path, rule)
             if attribute == _REPEATS and rule == ("q_proj.weight", 0):
                 keys_before, keys_after = change(path, ("k_proj.weight", 0))
                 before, after = before * keys_after, after * keys_before
             if before != after:
-                value = attrgetter(attribute)(child)
                 fitted = _scaled(value, before, after)
                 if fitted is None:
                     where = f"{path}.{attribute}".lstrip(".")
@@ -169,7 +174,7 @@ def _set(module: nn.Module, attribute: str, value: Any) -> None:
 
 
 def _scaled(value: Any, before: int, after: int) -> Any | None:
-    """`value` × after / before, or None if that is no whole number; the last entry of a tuple (`normalized_shape`)."""
+    """`value` × after / before, or None if that is no whole number; of a tuple the last entry."""
     if isinstance(value, tuple | list):
         last = _scaled(value[-1], before, after)
         return None if last is None else (*value[:-1], last)
