@@ -49,9 +49,8 @@ def stand_in(
         products = means_over_inputs(model, part, batches, loss_fn, accelerator, of=lambda x: x.T @ x)
         for reader in part:
             kept = plan.index(reader.weight, reader.axis)
-            if (
-                kept is None or reader.path not in products
-            ):  # a layer that is never called: its weight is read elsewhere
+            # One that is never called is not there: its weight is read elsewhere.
+            if kept is None or reader.path not in products:
                 continue
             _absorb(master[reader.weight], reader.axis, products.pop(reader.path), kept)
             changed += 1

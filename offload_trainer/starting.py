@@ -18,7 +18,9 @@ from offload_trainer.standins import stand_in
 def start(config: Config, run: Prepared, offloader: Offloader, monitor: Monitor) -> None:
     """Before the first round."""
     section, initialise = config.structure, run.task.initialise
-    if initialise is None and (name := not_finite(offloader.master)) is not None:
+    # Of parameters: a buffer may hold an infinity on purpose, as a mask does.
+    parameters = dict(offloader.model.named_parameters())
+    if initialise is None and (name := not_finite(parameters)) is not None:
         raise UserError(f"{name} of the model to begin with holds a NaN or an infinity: nothing can be learned from it")
     if not run.structure.names:
         return

@@ -237,6 +237,7 @@ def wrong(part: str) -> dict[str, Any]:
         "half the model": {"loss": lambda module, batch: cross_entropy(module, batch) + model[0].weight.square().sum()},
         "odd end": {"train": [*made["train"][:2], (points[:9], labels[:9])]},
         "no rows": {"val": [(points[:0], labels[:0])]},
+        "masked": {"model": Masked()},
         "spectral": {"model": spectral()},
         "complex": {"model": Spectrum()},
         "square": {"model": nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))},
@@ -246,6 +247,18 @@ def wrong(part: str) -> dict[str, Any]:
     if part == "frozen":
         model.requires_grad_(False)
     return made | change.get(part, {})
+
+
+class Masked(nn.Module):
+    """An infinity in a buffer, on purpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(8, 16), nn.Linear(16, 3)
+        self.register_buffer("mask", torch.full((8, 8), float("-inf")).triu(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outer(self.inner((self.mask.softmax(-1) * x[:, None]).sum(-1)).relu())
 
 
 def spectral() -> nn.Module:

@@ -15,6 +15,7 @@ from offload_trainer import Group, Offloader, Structure, UserError, find_groups,
 from offload_trainer.device import workbench
 from offload_trainer.device.swap import Swap
 from offload_trainer.groups import Plan, slice_module
+from offload_trainer.master.master import _require_apart
 from offload_trainer.rounds import Round, require_arguments
 
 Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -789,10 +790,27 @@ def test_a_loss_may_take_things_out_of_its_batch() -> None:
     assert trainer.rounds == 2
 
 
-def test_a_buffer_that_is_a_part_of_a_weight_is_refused() -> None:
+@pytest.mark.parametrize(
+    "shared",
+    [lambda w: w.data[:4], lambda w: w.data.T, lambda w: w.data.view(-1)[5:9]],
+    ids=["rows", "transposed", "a few"],
+)
+def test_a_buffer_that_is_a_part_of_a_weight_is_refused(shared: Callable[[nn.Parameter], torch.Tensor]) -> None:
     """In the master they would be two."""
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
-    model.register_buffer("first", model[0].weight.data[:4])
+    model.register_buffer("other", shared(model[0].weight))
     groups = find_groups(model, (torch.zeros(3, 6),))
     with pytest.raises(UserError, match=r"share their memory but are two tensors: make them one, or clone it"):
         Offloader(model, groups, loss_fn, optimizer=ADAMW, structure=Structure(groups, 0.5))
+
+
+def test_tensors_that_lie_between_one_another_are_two() -> None:
+    """Halves of the columns of one matrix, and parts of one vector."""
+    whole, flat = torch.randn(8, 12), torch.randn(11)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(6, 8))
+    for i, layer in enumerate(model):
+        layer.weight = nn.Parameter(whole[:, 6 * i : 6 * i + 6])
+    model[0].bias, model[1].bias = nn.Parameter(flat[:8]), nn.Parameter(torch.randn(8))
+    model.register_buffer("rest", flat[8:])
+    assert not model[0].weight.is_contiguous()
+    _require_apart(dict(model.named_parameters()) | dict(model.named_buffers()))

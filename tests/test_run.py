@@ -434,7 +434,8 @@ def test_what_the_export_will_lack_is_told_of_the_end_of_the_run(
     assert ("config.json" in out) == (said is not None) and (said or "") in out
 
 
-def test_a_model_with_some_complex_parameters_trains(tmp_path: Path) -> None:
-    """For which torch has no fused optimizer."""
-    assert main(["--config", str(config(tmp_path, steps=4, **custom("wrong", part="complex")))]) == 0
+@pytest.mark.parametrize("part", ["complex", "masked"])
+def test_models_with_numbers_of_other_kinds_train(tmp_path: Path, part: str) -> None:
+    """Complex parameters, for which torch has no fused optimizer, and an infinity in a buffer."""
+    assert main(["--config", str(config(tmp_path, steps=4, **custom("wrong", part=part)))]) == 0
     assert math.isfinite(json.loads((tmp_path / "out" / "summary.json").read_text())["exported"]["loss"])

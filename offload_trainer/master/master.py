@@ -120,13 +120,15 @@ def stored_moments(entries: Entries, precision: Precision) -> Entries:
 
 def _require_apart(tensors: Mapping[str, Tensor]) -> None:
     """Raise `UserError` for two tensors that are one in memory alone and trained: in a slab they would be two."""
-    there = [(t.data_ptr(), name) for name, t in tensors.items() if not t.is_meta and t.numel() and t.is_contiguous()]
     last, end = "", 0  # of what lies before, the one that reaches furthest
-    for start, name in sorted(there):
-        if start < end and (tensors[name].requires_grad or tensors[last].requires_grad):
+    for start, name in sorted((t.data_ptr(), name) for name, t in tensors.items() if not t.is_meta and t.numel()):
+        tensor = tensors[name]
+        if start < end and (tensor.requires_grad or tensors[last].requires_grad):
             raise UserError(f"{last} and {name} share their memory but are two tensors: make them one, or clone it")
-        if start + tensors[name].nbytes > end:
-            last, end = name, start + tensors[name].nbytes
+        # Where one is not contiguous, others may lie between its elements.
+        reach = start + (tensor.nbytes if tensor.is_contiguous() else tensor.element_size())
+        if reach > end:
+            last, end = name, reach
 
 
 def _adopt(model: nn.Module, name: str, view: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from offload_trainer.errors import UserError
+from offload_trainer.groups.running import is_floating
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """As a config names them."""
@@ -112,7 +113,7 @@ def is_ordinary(values: Tensor) -> bool:
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """Name of the first that holds a NaN or an infinity."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
+        if is_floating(tensor) and tensor.numel():
             low, high = tensor.detach().aminmax()
             if not bool(low.isfinite() & high.isfinite()):
                 return name
