@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from offload_trainer.structure import effects as module
-from offload_trainer.structure.effects import DOUBT, ENOUGH, FORGET, LATELY, LEAST, NOISES, REMEMBERED, Effects
+from offload_trainer.structure.effects import DOUBT, ENOUGH, FORGETS, JUDGED, LATELY, LEAST, NOISES, REMEMBERED, Effects
 
 UNITS = 30
 
@@ -37,18 +37,30 @@ def regression(features: Tensor, x: Tensor, d: Tensor, noise: float, counts: Ten
 def test_they_are_those_of_the_regression_that_predicts_left_out_pairs_best() -> None:
     effects, features, x, d = shown(20)
     x, d = x[:-1], d[:-1]
-    counts = FORGET ** torch.arange(len(d) - 1, -1, -1, dtype=torch.float64)
-    errors = []
-    for noise in NOISES:
-        error = 0.0
-        for i in range(len(d)):  # its weight goes to nothing: left out, with the scales of the prior as they were
-            others = counts.clone()
-            others[i] = 1e-12
-            error += float(counts[i] * (d[i] - regression(features, x, d, noise, others) @ x[i]) ** 2)
-        errors.append(error)
-    best = NOISES[errors.index(min(errors))]
-    assert len({round(error, 6) for error in errors}) == len(NOISES)
-    torch.testing.assert_close(effects.expected(features), regression(features, x, d, best, counts))
+    ages = torch.arange(len(d) - 1, -1, -1, dtype=torch.float64)
+    tried = []
+    for forget in FORGETS:
+        for noise in NOISES:
+            counts, error = forget**ages, 0.0
+            for i in range(len(d)):  # its weight goes to nothing: left out, with the scales of the prior as they were
+                others = counts.clone()
+                others[i] = 1e-12
+                error += float(JUDGED ** ages[i] * (d[i] - regression(features, x, d, noise, others) @ x[i]) ** 2)
+            tried.append((error, noise, counts))
+    _, noise, counts = min(tried, key=lambda one: one[0])
+    assert len({round(error, 6) for error, *_ in tried}) == len(FORGETS) * len(NOISES)
+    torch.testing.assert_close(effects.expected(features), regression(features, x, d, noise, counts))
+
+
+@pytest.mark.parametrize(("before", "least"), [(1.0, 0.85), (-1.0, 0.4)])
+def test_what_older_pairs_have_shown_counts_as_long_as_it_holds(before: float, least: float) -> None:
+    """Effects that stay, all 1, are learned from all pairs; effects that turn round from the last ones."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(100, 3, generator=generator, dtype=torch.float64)
+    d = x.sum(1) * torch.tensor([before] * 60 + [1.0] * 40, dtype=torch.float64)
+    d += 0.5 * torch.randn(100, generator=generator, dtype=torch.float64)
+    found = x.T @ module._fitted(x @ x.T, d)
+    assert (found > least).all() and (found < 1.15).all()
 
 
 def test_units_are_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,9 +117,11 @@ def test_nothing_is_expected_of_few_pairs_and_old_ones_are_forgotten() -> None:
     assert not effects.expected(features).any()
     effects, features, *_ = shown(ENOUGH + 1)
     assert effects.expected(features).any()
-    effects, *_ = shown(3 * REMEMBERED)
+    most, m = REMEMBERED[1], torch.arange(UNITS) < 10
+    for i in range(most + 50):
+        effects.compare(m.roll(i), m, 0.1 * (i % 7), torch.zeros(UNITS, dtype=torch.float64))
     state = effects.state_dict()
-    assert state["differences"].shape == (REMEMBERED + 1, UNITS) and int(state["count"]) == REMEMBERED + 1
+    assert state["differences"].shape == (most + 1, UNITS) and int(state["count"]) == most + 1
     other = Effects(UNITS)
     other.load_state_dict(state)
     assert torch.equal(other.expected(features), effects.expected(features)) and other.trust() == effects.trust()
@@ -119,3 +133,10 @@ def test_units_that_never_differ_have_no_effect_that_is_not_a_number() -> None:
     for i in range(20):
         effects.compare(m, m, 0.1 * (-1) ** i, effects.expected(features))
     assert not effects.expected(features).any() and effects.trust() == 0
+
+
+def test_the_more_units_the_fewer_pairs_are_remembered() -> None:
+    least, most = REMEMBERED
+    rooms = [len(Effects(units).state_dict()["differences"]) - 1 for units in (1, 1000, 60_000, 10**6)]
+    assert rooms == sorted(rooms, reverse=True) and rooms[0] == most > rooms[2] > rooms[3] == least
+    assert len(Effects(1000, remembers=False).state_dict()["differences"]) == 0

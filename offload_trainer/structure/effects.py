@@ -17,18 +17,23 @@ from torch import Tensor
 
 from offload_trainer.structure.credit import FEATURES
 
-REMEMBERED = 64
-"""Pairs that are remembered, the last ones."""
+REMEMBERED = (64, 256)
+"""Pairs that are remembered, the last ones: at least, at most."""
+WORK = 1 << 23
+"""Of m − m′ of all of them, elements that are looked at without a round being noticeably longer."""
 ENOUGH = 8
 """Pairs until which nothing is expected."""
-FORGET = 0.95
+FORGETS = (0.95, 0.98, 1.0)
 """By how much less a pair counts with each that follows: weights change, and with them the effects."""
 NOISES = (0.1, 0.3, 1.0, 3.0, 10.0)
-"""Variances of the noise to try, as shares of that of d; taken is the one that predicts left-out pairs best."""
+"""Variances of the noise, as shares of that of d. Of all FORGETS and NOISES those are taken that predict left-out pairs
+best."""
+JUDGED = 0.95
+"""As FORGETS, for how much each left-out pair counts in that."""
 LEAST = 0.1
 """Variance of a unit's own effect where its c² is 0, as a share of the mean variance."""
 LATELY = 0.9
-"""As FORGET, where it is asked how right predictions were."""
+"""As FORGETS, where it is asked how right predictions were."""
 DOUBT = 0.5
 """As if so many pairs had shown that predictions are worth nothing."""
 CHUNK = 1 << 16
@@ -44,7 +49,8 @@ class Effects:
     """
 
     def __init__(self, units: int, *, remembers: bool = True):
-        room = REMEMBERED + 1 if remembers else 0
+        least, most = REMEMBERED
+        room = min(max(least, WORK // max(1, units)), most) + 1 if remembers else 0
         self._differences = torch.zeros(room, units, dtype=torch.int8, device="cpu")  # m − m′ of each, the newest last
         self._d = torch.zeros(room, dtype=torch.float64, device="cpu")
         self._predicted = torch.zeros(room, dtype=torch.float64, device="cpu")
@@ -107,10 +113,13 @@ def _counts(pairs: int, forget: float) -> Tensor:  # (pairs,)
 
 def _fitted(kernel: Tensor, d: Tensor) -> Tensor:  # (pairs,)
     """Weights of the pairs in what is expected. kernel: (pairs, pairs). d: (pairs,)."""
-    best, counts = (torch.inf, torch.zeros_like(d)), _counts(len(d), FORGET)
-    for noise in NOISES:
-        inverse = torch.linalg.inv(kernel + torch.diag(noise / counts))
+    judged = _counts(len(d), JUDGED)
+
+    def fit(forget: float, noise: float) -> tuple[float, Tensor]:
+        """Error in predicting each pair by the others, and the weights."""
+        inverse = torch.linalg.inv(kernel + torch.diag(noise / _counts(len(d), forget)))
         weights = inverse @ d
-        error = float((counts * (weights / inverse.diagonal()).square()).sum())
-        best = min(best, (error, weights), key=lambda one: one[0])
-    return best[1]
+        return float((judged * (weights / inverse.diagonal()).square()).sum()), weights
+
+    fits = [fit(forget, noise) for forget in FORGETS for noise in NOISES]
+    return min(fits, key=lambda one: one[0])[1]
