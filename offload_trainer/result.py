@@ -100,7 +100,9 @@ def save_export(module: nn.Module, plan: Plan | None, folder: Path, shard_size: 
 
 
 def load_export(folder: str | Path, model: nn.Module, groups: Groups) -> nn.Module:
-    """The exported module, from the full-size `model` it was cut from (the meta device will do) and its groups.
+    """The exported module, from the full-size `model` it was cut from and its groups.
+
+    The model may lie on the meta device, unless it has buffers that are not saved.
 
     Raises `UserError` when the folder holds no export, one that is not whole, or one of another model.
     """
@@ -135,7 +137,10 @@ def _exported(name: str, full: Tensor, stored: dict[str, Any], plan: Plan, folde
     if name in stored:
         tensor = stored[name].get_tensor(name)
     elif full.is_meta:
-        raise UserError(f"{folder} does not hold {name}, and the model is on the meta device")
+        raise UserError(
+            f"{folder} does not hold {name}, and the model is on the meta device: if it is a buffer that is not saved,"
+            " build the model on the CPU"
+        )
     else:
         tensor = take(full.detach(), plan, name).clone()  # a buffer that is not saved
     if tensor.shape != plan.shape(name):

@@ -350,6 +350,66 @@ def test_groups_inside_modules_with_a_width_of_unknown_rule_are_dropped_when_ask
 # Errors
 
 
+class Numbered(nn.Module):
+    """Holds a width as a number in the code; the layers after it do not."""
+
+    def __init__(self):
+        super().__init__()
+        self.lift = nn.Linear(10, 256)
+        self.convs = nn.Sequential(
+            nn.Conv2d(16, 24, 3), nn.ReLU(), nn.Conv2d(24, 20, 1), nn.ReLU(), nn.Conv2d(20, 3, 1)
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.convs(self.lift(z).view(-1, 16, 4, 4))
+
+
+@pytest.mark.parametrize("model", [Numbered(), nn.Sequential(Numbered())], ids=["root", "inside"])
+def test_only_the_groups_that_a_number_in_the_code_holds_are_dropped(model: nn.Module) -> None:
+    inputs = (torch.randn(3, 10),)
+    with pytest.raises(UserError, match="pin_unknown"):
+        find_groups(model, inputs)
+    groups = find_groups(model, inputs, pin_unknown=True)
+    assert sorted(units(groups).values()) == [20, 24]
+    assert verify_groups(model, groups, inputs) < 1e-5
+
+
+class Crossed(nn.Module):
+    """One group's width shapes another, which is as wide."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.last = nn.Linear(6, 16), nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.b(x).reshape(len(x), self.a(x).shape[1]) + self.a(x).sum(1, keepdim=True))
+
+
+def test_a_width_taken_from_another_group_does_not_pass_for_right() -> None:
+    with pytest.raises(UserError, match="does not run"):
+        find_groups(Crossed(), (torch.randn(3, 6),))
+    with pytest.raises(UserError, match="does not run") as caught:
+        find_groups(Crossed(), (torch.randn(3, 6),), pin_unknown=True)  # neither goes without the other
+    assert "pin_unknown" not in str(caught.value)
+
+
+class Outer(nn.Module):
+    """Stores the width of one of its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.n, self.first, self.last = 16, nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last(self.first(x).new_zeros(self.n))
+        return self.last(self.first(x))
+
+
+def test_a_number_that_a_module_around_stores_is_named() -> None:
+    with pytest.raises(UserError, match=r"last \(Linear\) raised .*\(the model stores n=16\)"):
+        find_groups(Outer(), (torch.randn(3, 6),))
+
+
 class FFT(nn.Module):
     def __init__(self):
         super().__init__()
@@ -466,7 +526,7 @@ class FixedHeads(nn.Module):
         ),
         (nn.Sequential(torch.compile(MLP(), backend="eager")), vectors(6), r"0 \(OptimizedModule\) is compiled"),
         (Looked(), vectors(6), "every axis is pinned .*chosen by index"),
-        (Deciding(), vectors(6), r"cannot be traced: the model \(Deciding\) raised DataDependent"),
+        (Deciding(), vectors(6), r"cannot be traced: the model \(Deciding\) asks what is in a tensor"),
         (MLP(), vectors(7), r"the model cannot be traced: first \(Linear\) raised RuntimeError"),
         (MLP(), (1, 2, 3), r"the model cannot be traced: the model \(MLP\) raised TypeError"),
         (FixedWidth(), vectors(6), r"a sliced subnetwork does not run; add a rule \(widths=…\)"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from offload_trainer import UserError, find_groups, slice_module
+from offload_trainer import UserError, find_groups, slice_module, verify_groups
 from offload_trainer.groups import Groups, Plan, random_plan
 from offload_trainer.groups.slicing import named_tensors, with_tensors
 from tests import models
@@ -148,7 +148,7 @@ def test_attributes_of_transformers_follow_and_its_shared_config_does_not():
 
 def test_a_width_of_ones_own_type_needs_a_rule():
     model = ViT(free=False)
-    with pytest.raises(UserError, match=r"does not run; add a rule \(widths=…\), .* attention \(Attention\) .*heads=4"):
+    with pytest.raises(UserError, match=r"no rule covers \(attention stores heads=4, .*add a rule \(widths=…\)"):
         find_groups(model, images())
     groups = find_groups(model, images(), widths={Attention: {"heads": ("qkv.weight", 0)}})
     small = slice_module(model, Plan(groups, {"attention.qkv": [0, 3]}), groups)
@@ -190,6 +190,48 @@ def test_a_module_that_cannot_be_copied_is_a_line():
     with pytest.raises(UserError, match="MLP cannot be copied, as slicing it needs"):
         find_groups(model, vectors(6))
     model.stream.close()
+
+
+def test_the_old_weight_norm_is_a_line_that_says_what_to_use() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5))
+    with pytest.warns(FutureWarning):
+        torch.nn.utils.weight_norm(model[0])
+    with pytest.raises(UserError, match=r"cannot be copied.*torch.nn.utils.parametrizations"):
+        find_groups(model, vectors(6))
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_on_a_parameter_is_refused(register: str) -> None:
+    """A slice would not have it, and train differently without a word."""
+    model = models.MLP()
+    groups = find_groups(model, vectors(6))
+    handle = getattr(model.first.weight, register)(lambda _: None)
+    for use in (lambda: find_groups(model, vectors(6)), lambda: slice_module(model, random_plan_of(groups), groups)):
+        with pytest.raises(UserError, match=r"first.weight has a hook \(register_hook"):
+            use()
+    handle.remove()
+    slice_module(model, random_plan_of(groups), groups)
+
+
+def random_plan_of(groups: Groups) -> Plan:
+    return random_plan(groups, torch.Generator().manual_seed(0))
+
+
+def test_widths_follow_weights_that_are_computed() -> None:
+    """Of a grouped convolution, too, whose number of groups is a width."""
+    norm = torch.nn.utils.parametrizations.weight_norm
+    convs = [nn.Conv1d(4, 12, 3), nn.ReLU(), norm(nn.Conv1d(12, 12, 3, groups=4)), nn.ReLU(), nn.Conv1d(12, 3, 1)]
+    model, inputs = nn.Sequential(*convs), (torch.randn(3, 4, 11),)
+    groups = find_groups(model, inputs)
+    assert [group.units for group in groups] == [4]
+    assert verify_groups(model, groups, inputs) < 1e-5
+    sliced = slice_module(model, Plan(groups, {groups.groups[0].name: [1, 3]}), groups)
+    assert (sliced[2].groups, sliced[2].in_channels, sliced[2].out_channels) == (2, 6, 6)
+    for other in (norm, torch.nn.utils.parametrizations.spectral_norm):
+        linear = nn.Sequential(other(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 5))
+        groups = find_groups(linear, vectors(6))
+        half = slice_module(linear, Plan(groups, {groups.groups[0].name: [0, 2, 3, 5]}), groups)
+        assert half[0].out_features == 4 and half[0].weight.shape == (4, 6)
 
 
 # Invariant 3: forward and gradients. Where no norm reduces over sliced units, gating is multiplying with a mask.

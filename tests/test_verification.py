@@ -330,3 +330,43 @@ def test_a_wrong_slot_of_what_only_training_runs_is_seen():
     wrong = by_hand(groups, Auxiliary(), **{"auxiliary.0": ["auxiliary.0.weight:0", "auxiliary.2.weight:1"]})
     with pytest.raises(UserError, match=r"auxiliary"):
         verify_groups(Auxiliary(), wrong, vectors(6))
+
+
+class Noisy(MLP):
+    """Draws numbers in evaluation, where no slice reaches (`inside` False) or as many as a group has units."""
+
+    def __init__(self, inside: bool):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.inside:
+            return super().forward(x + torch.randn_like(x))
+        hidden = self.first(x)
+        return self.second(hidden + torch.randn_like(hidden))
+
+
+def test_random_numbers_are_the_same_for_both_or_named() -> None:
+    for inside in (False, True):
+        model = Noisy(inside)
+        groups = find_groups(model, vectors(6))
+        if inside:
+            with pytest.raises(UserError, match="draws random numbers in its forward"):
+                verify_groups(model, groups, vectors(6))
+        else:
+            assert verify_groups(model, groups, vectors(6)) < 1e-5
+
+
+def test_what_a_forward_writes_into_a_weight_counts() -> None:
+    class Renormed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.up, self.out = nn.Embedding(9, 6, max_norm=0.5), nn.Linear(6, 10), nn.Linear(10, 4)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.out(torch.relu(self.up(self.embed(tokens))))
+
+    inputs = (torch.arange(9).view(3, 3),)
+    groups = find_groups(Renormed(), inputs)
+    assert [group.units for group in groups] == [10]
+    assert verify_groups(Renormed(), groups, inputs) < 1e-5

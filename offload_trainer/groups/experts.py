@@ -54,8 +54,7 @@ def require_rows_for_grouped_products(model: nn.Module) -> None:
             if tensor.ndim == 3 and any(size % multiple for size in tensor.shape[1:]):
                 raise ModuleError(
                     f"{path}.{name} is sliced to {tuple(tensor.shape)}, and grouped products need multiples of "
-                    f"{multiple}: set structure.multiple_of, or config._experts_implementation to 'eager'",
-                    path,
+                    f"{multiple}: set structure.multiple_of, or config._experts_implementation to 'eager'"
                 )
 
 

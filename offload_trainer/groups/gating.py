@@ -82,6 +82,8 @@ class Gate(TorchDispatchMode):
         return tensor
 
     def _gated(self, tensor: Tensor) -> Tensor:
+        if not self._plan.slices(self._names[id(tensor)]):
+            return tensor  # itself: what is written into it in place stays
         gated = tensor.clone()
         self._axes[gated] = self._axes[tensor]
         return _zero_outside(gated, self._plan.indices(self._names[id(tensor)]))

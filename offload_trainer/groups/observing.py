@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributions import Distribution
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -50,7 +52,7 @@ class Observer:
         skeleton = with_tensors(skeleton, named_tensors(skeleton))  # some modules change in their forward
         trace = Trace(skeleton, self.originals, pin_unknown=self.pin_unknown, open_constants=self.open_constants)
         trace.pin(tensors_of(self.inputs), "an input of the model")
-        with self.mode, torch.no_grad(), plain_attention(), quiet(), trace:
+        with self.mode, torch.no_grad(), plain_attention(), unchecked(), quiet(), trace:
             skeleton.eval()
             outputs = tensors_of(run_watched(skeleton, self.inputs, failure))
             if not outputs:
@@ -189,6 +191,18 @@ def _storage(tensor: Tensor) -> int:
 def fake(shape: torch.Size, dtype: torch.dtype, mode: FakeTensorMode) -> Tensor:
     with mode:
         return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Context: torch does not look whether values are in their range; fake tensors have none."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        with mock.patch.object(torch, "_check_tensor_all_with", lambda *_: None, create=True):
+            yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 @contextmanager

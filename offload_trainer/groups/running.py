@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._pytree import tree_leaves, tree_map
 
 from offload_trainer.errors import UserError
@@ -15,11 +16,7 @@ Inputs = tuple | Mapping[str, Any]
 
 
 class ModuleError(UserError):
-    """What is wrong with one module of a model."""
-
-    def __init__(self, message: str, path: str):
-        super().__init__(message)
-        self.path = path
+    """What is wrong with one module of a model; without the groups that meet in it, the rest may be right."""
 
 
 class Watch:
@@ -46,12 +43,29 @@ class Watch:
         return self._active[-1][0] if self._active else ""
 
     @property
+    def stored(self) -> str:
+        return stored_around(self._model, self.path)
+
+    @property
     def module(self) -> nn.Module:
         return self._active[-1][1] if self._active else self._model
 
     @property
     def where(self) -> str:
         return f"{self.path or 'the model'} ({type(self.module).__name__})"
+
+
+def stored_around(model: nn.Module, path: str) -> str:
+    """The whole numbers beside its tensors that the module of this path stores, or the first around it that is not one
+    of torch's layers, whose widths are known: where a width without a rule hides. As words to end a line with."""
+    while True:
+        module = model.get_submodule(path)
+        numbers = {k: v for k, v in vars(module).items() if type(v) is int and v > 1 and not k.startswith("_")}
+        if numbers and not type(module).__module__.startswith("torch."):
+            return f" ({path or 'the model'} stores {', '.join(f'{k}={v}' for k, v in numbers.items())})"
+        if not path:
+            return ""
+        path = path.rpartition(".")[0]
 
 
 def run_model(model: nn.Module, inputs: Inputs) -> Any:
@@ -68,9 +82,13 @@ def run_watched(model: nn.Module, inputs: Inputs, failure: str) -> Any:
             raise
         except Exception as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            hint = _widths_in(watch.module)
-            message = f"{failure}: {watch.where} raised {type(error).__name__}: {lines[0]}{hint}"
-            raise ModuleError(message, watch.path) from error
+            reason = f"raised {type(error).__name__}: {lines[0]}{watch.stored}"
+            if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+                reason = (
+                    f"asks what is in a tensor ({lines[0]}), as `if`, .item() and nonzero() do, and a trace has no"
+                    " values: keep that out of forward, or trace the model with it switched off"
+                )
+            raise ModuleError(f"{failure}: {watch.where} {reason}") from error
 
 
 @contextmanager
@@ -101,12 +119,6 @@ def tensors_of(outputs: Any) -> list[Tensor]:
         elif isinstance(leaf, Mapping) or is_dataclass(leaf):
             found += tensors_of(leaf)
     return found
-
-
-def _widths_in(module: nn.Module) -> str:
-    """The whole numbers a module stores beside its tensors: where a width without a rule hides."""
-    numbers = {k: v for k, v in vars(module).items() if type(v) is int and v > 1 and not k.startswith("_")}
-    return f" (it stores {', '.join(f'{k}={v}' for k, v in numbers.items())})" if numbers else ""
 
 
 def is_floating(tensor: Tensor) -> bool:

@@ -42,13 +42,24 @@ def slice_module(module: nn.Module, plan: Plan, groups: Groups) -> nn.Module:
 
 
 def require_of(model: nn.Module, groups: Groups) -> None:
-    """Raise `UserError` for groups of another model."""
+    """Raise `UserError` for groups of another model, or a model of which a slice would not train alike."""
+    require_no_hooks(model)
     tensors = named_tensors(model)
     for name, shape in groups.shapes.items():
         here = tensors[name].shape if name in tensors else None
         if here != shape:
             there = "is not in this model" if here is None else f"is {tuple(here)} in this model"
             raise UserError(f"these groups are another model's: {name} is {tuple(shape)} in theirs and {there}")
+
+
+def require_no_hooks(model: nn.Module) -> None:
+    """Raise `UserError` for a hook on a parameter: it belongs to the full tensor, and a slice has none of it."""
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise UserError(
+                f"{name} has a hook (register_hook, register_post_accumulate_grad_hook), which its slices would not"
+                " have: remove it, and do in the loss or in the training loop what it does"
+            )
 
 
 def rebuild(module: nn.Module, tensors: Mapping[str, Tensor], plan: Plan, groups: Groups) -> nn.Module:
@@ -115,4 +126,8 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         return copy.deepcopy(module, memo)
     except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        hooks = [hook for part in module.modules() for hook in part._forward_pre_hooks.values()]
+        if any(type(hook).__module__.startswith("torch.nn.utils") for hook in hooks):
+            reason += "; use torch.nn.utils.parametrizations instead of weight_norm and spectral_norm of old, and"
+            reason += " prune.remove after pruning"
         raise UserError(f"{type(module).__name__} cannot be copied, as slicing it needs: {reason}") from error

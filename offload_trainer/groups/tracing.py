@@ -1,5 +1,8 @@
 """Find the groups of a model: run it on fake tensors and follow its axes through every op; then trace half of it."""
 
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -8,11 +11,9 @@ from offload_trainer.errors import UserError
 from offload_trainer.groups.experts import as_batched_products
 from offload_trainer.groups.naming import name_groups
 from offload_trainer.groups.observing import Observer, fake, forgetful
-from offload_trainer.groups.plan import Groups, Plan, Widths
-from offload_trainer.groups.running import Inputs, ModuleError, map_inputs
-from offload_trainer.groups.slicing import named_tensors, rebuild, sliced_groups, with_tensors
-
-_ADVICE = "add a rule (widths=…), or leave it unsliced (pin_unknown)"
+from offload_trainer.groups.plan import Group, Groups, Plan, Widths
+from offload_trainer.groups.running import Inputs, ModuleError, map_inputs, stored_around
+from offload_trainer.groups.slicing import named_tensors, rebuild, require_no_hooks, sliced_groups, with_tensors
 
 
 def find_groups(
@@ -27,8 +28,8 @@ def find_groups(
     The groups are then held against a sliced copy, which is traced as well: it must show the same groups, smaller.
 
     Raises `UserError`, naming the op and the module, for an op without a rule, for a width stored where no rule looks,
-    and when nothing can be sliced. `pin_unknown=True` leaves unsliced what such an op touches, and the groups inside
-    modules of a type that stores such a width (all that touch them, where that does not help).
+    and when nothing can be sliced. `pin_unknown=True` leaves unsliced what such an op touches, and the groups without
+    which the sliced copy does run.
     """
     _require_plain(model)
     if not isinstance(example_inputs, (tuple, dict)):
@@ -60,6 +61,7 @@ def _require_plain(model: nn.Module) -> None:
     for name, tensor in named_tensors(model).items():
         if nn.parameter.is_lazy(tensor):
             raise UserError(f"{name} of a lazy module has no shape yet: call the model once before")
+    require_no_hooks(model)
 
 
 def _found(skeleton: nn.Module, observer: Observer, widths: Widths, *, drop: bool) -> Groups:
@@ -70,61 +72,67 @@ def _found(skeleton: nn.Module, observer: Observer, widths: Widths, *, drop: boo
         name = type(skeleton).__name__
         raise UserError(f"no group of units found in {name}: every axis is pinned ({'; '.join(why)})")
     shapes = {name: torch.Size(tensor.shape) for name, tensor in named_tensors(skeleton).items()}
-    groups = Groups(name_groups(found, shapes), shapes, widths)
-    while True:
+    named = name_groups(found, shapes)
+
+    def failure(groups: Sequence[Group]) -> ModuleError | None:
+        """Of a copy sliced by these groups alone."""
         try:
-            _trace_sliced(skeleton, groups, observer, must_train=trace.trains)
-            return groups
+            _trace_sliced(skeleton, Groups(tuple(groups), shapes, widths), observer, must_train=trace.trains)
         except ModuleError as error:
-            fewer = _without(groups, skeleton, error.path) if drop else None
-            if fewer is None:
-                raise
-            groups = fewer
+            return error
+        return None
+
+    groups, error = named, failure(named)
+    if error is not None and drop:
+        groups = _passing(named, failure)
+    if error is not None and (not drop or not groups):
+        raise error
+    return Groups(tuple(groups), shapes, widths)
+
+
+def _passing(candidates: Sequence[Group], failure: Callable[[Sequence[Group]], object]) -> list[Group]:
+    """As many of the groups as pass together, found by halving: of the others each alone makes those before it fail."""
+    passing: list[Group] = []
+
+    def add(some: Sequence[Group]) -> None:
+        if failure([*passing, *some]) is None:
+            passing.extend(some)
+        elif len(some) > 1:
+            add(some[: len(some) // 2])
+            add(some[len(some) // 2 :])
+
+    half = len(candidates) // 2
+    for some in (candidates[:half], candidates[half:]) if half else ():  # all together are known to fail
+        add(some)
+    return passing
 
 
 def _trace_sliced(skeleton: nn.Module, groups: Groups, observer: Observer, *, must_train: bool) -> None:
     """Trace a sliced copy: a width that is stored where no rule looks breaks it, or shows as other groups."""
-    # Neighbours get different widths, so that a `chunk(2)` of two groups does not pass for right.
-    halves = {g.name: (g.units + 1) // 2 + (i % 2 and g.units > 3) for i, g in enumerate(groups)}
-    kept = {g.name: torch.arange(min(g.units - 1, max(g.least + 1, halves[g.name]))) for g in groups}
+    advice = "add a rule (widths=…)" + ("" if observer.pin_unknown else ", or leave it unsliced (pin_unknown)")
+    kept = {g.name: torch.arange(width) for g, width in zip(groups, _trial_widths(groups), strict=True)}
     plan = Plan(groups, kept)
     tensors = {n: fake(plan.shape(n), t.dtype, observer.mode) for n, t in named_tensors(skeleton).items()}
     sliced = rebuild(skeleton, tensors, plan, groups)
-    trace = observer.observe(sliced, f"a sliced subnetwork does not run; {_ADVICE}", must_train=must_train)
+    trace = observer.observe(sliced, f"a sliced subnetwork does not run; {advice}", must_train=must_train)
     again = {frozenset(slots) for slots in trace.sliceable().values()}
     for group in sliced_groups(plan):
         slots = frozenset(group.slots)
         if group.units > group.least and slots not in again:  # what is kept whole is no group any more
-            near = max(again, key=lambda other: len(slots & other), default=frozenset())
+            near = max(again, key=lambda other: (len(slots & other), sorted(map(str, other))), default=frozenset())
             where = min(slots - near, key=str).tensor.rpartition(".")[0]
             raise ModuleError(
                 f"group {group.name!r} is not the same in a sliced subnetwork: {where or 'the model'} or a module "
-                f"around it stores a width that no rule covers; {_ADVICE}",
-                _own(skeleton, where),
+                f"around it stores a width that no rule covers{stored_around(skeleton, where)}; {advice}"
             )
 
 
-def _without(groups: Groups, model: nn.Module, path: str) -> Groups | None:
-    """The groups, less those that are sliced inside the module of that path or any of its type.
-
-    Those that lie wholly inside; without any, those inside the module around it; without any, all that touch it; then
-    the same from the module around it. None when no group would be left.
-    """
-    while path:
-        around = path.rpartition(".")[0]
-        for where, test in ((path, all), (around, all), (path, any)):
-            kind = type(model.get_submodule(where))
-            inside = tuple(f"{name}." for name, module in model.named_modules() if type(module) is kind)
-            dropped = {g.name for g in groups if test(slot.tensor.startswith(inside) for slot in g.slots)}
-            if where and dropped:
-                rest = tuple(group for group in groups if group.name not in dropped)
-                return Groups(rest, groups.shapes, groups.widths) if rest else None
-        path = around
-    return None
-
-
-def _own(model: nn.Module, path: str) -> str:
-    """The module of that path, or around it, whose forward is not torch's own."""
-    while path and type(model.get_submodule(path)).__module__.startswith("torch."):
-        path = path.rpartition(".")[0]
-    return path
+def _trial_widths(groups: Groups) -> Iterator[int]:
+    """Units to keep of each group: about half, another number in each of as many units, so that a `chunk(2)` of two
+    groups, or one group's width given to another, does not pass for right."""
+    alike: Counter[int] = Counter()
+    for group in groups:
+        half = (group.units + 1) // 2
+        width = half + alike[group.units] % max(1, group.units - half)  # one at least is left out
+        alike[group.units] += 1
+        yield min(group.units - 1, max(group.least + 1, width))

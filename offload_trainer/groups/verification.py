@@ -114,8 +114,12 @@ class _Subject:
         for module in self.model.train().modules():
             if isinstance(module, (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)):
                 module.eval()
-        with torch.no_grad():
-            one, other = (_floats(run_watched(self.fresh(), inputs, self.failure)) for _ in range(2))
+        return self.repeats(inputs)
+
+    @torch.no_grad()
+    def repeats(self, inputs: Inputs) -> bool:
+        """Whether it computes the same again."""
+        one, other = (_floats(run_watched(self.fresh(), inputs, self.failure)) for _ in range(2))
         return all(map(torch.equal, one, other))
 
     def randomise(self, generator: torch.Generator) -> None:
@@ -204,10 +208,13 @@ def _floats(outputs: Any) -> list[Tensor]:
 
 @torch.no_grad()
 def _verify(subject: _Subject, plan: Plan, inputs: Inputs, tolerance: float) -> float:
-    mine = _record(slice_module(subject.model, plan, subject.groups), inputs)
-    full = subject.fresh()
-    with Gate(full, plan, subject.groups) as gate:
-        theirs = _record(full, inputs)
+    sliced, full = slice_module(subject.model, plan, subject.groups), subject.fresh()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mine = _record(sliced, inputs)
+        torch.manual_seed(0)
+        with Gate(full, plan, subject.groups) as gate:
+            theirs = _record(full, inputs)
     result, expected = mine[-1][1], theirs[-1][1]
     if len(result) != len(expected):
         raise UserError(f"a sliced subnetwork returns {len(result)} tensors, the full model {len(expected)}")
@@ -219,6 +226,12 @@ def _verify(subject: _Subject, plan: Plan, inputs: Inputs, tolerance: float) -> 
             for one, other in zip(ours, others, strict=False)
             if not _difference(one, gate.kept_part(other)) <= tolerance
         )
+        if not subject.repeats(inputs):
+            raise UserError(
+                f"the model draws random numbers in its forward (sliced and gated outputs differ first in "
+                f"{where or 'the output alone'}), so nothing shows that it is sliced rightly: let it draw none in"
+                " evaluation mode, or do without this proof (config: structure.verify false)"
+            )
         raise UserError(
             f"sliced and gated outputs differ by {worst:.1e} of the largest value, first seen in "
             f"{where or 'the output alone'}: a slot or a width rule of this model is wrong or missing"

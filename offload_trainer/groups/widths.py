@@ -5,12 +5,13 @@ rule whose forward needs one is found out when the groups are (`find_groups` tra
 """
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from operator import attrgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from offload_trainer.errors import UserError
 from offload_trainer.groups.plan import Groups, Plan
@@ -50,7 +51,9 @@ TRANSFORMERS: dict[str, dict[str, tuple[Rule, ...]]] = {
         _REPEATS: (("q_proj.weight", 0),),
         "kv_lora_rank": (("kv_b_proj.weight", 1),),
     },
-    "GPT2Attention": dict.fromkeys(("num_heads", "split_size", "embed_dim"), _FUSED),
+    **dict.fromkeys(
+        ("*GPT2Attention", "ImageGPTAttention"), dict.fromkeys(("num_heads", "split_size", "embed_dim"), _FUSED)
+    ),
     "GPTBigCodeAttention": dict.fromkeys(("num_heads", "embed_dim", _REPEATS), (("c_proj.weight", 1),)),
     "Attention": dict.fromkeys(("n_head", "split_size"), _FUSED),  # the first GPT
     "Phi3Attention": {"config.num_attention_heads": _HEADS},
@@ -71,6 +74,9 @@ TRANSFORMERS: dict[str, dict[str, tuple[Rule, ...]]] = {
     },
 }
 """Class names in transformers → attributes, each with the tensors it may follow: the first that the module has."""
+
+
+_PARAMETRIZED = re.compile(r"(.*\.|)parametrizations\.(\w+)\.original\d*")
 
 
 def fit_widths(module: nn.Module, plan: Plan, groups: Groups) -> None:
@@ -104,17 +110,23 @@ def fit_widths(module: nn.Module, plan: Plan, groups: Groups) -> None:
                 if fitted is None:
                     where = f"{path}.{attribute}".lstrip(".")
                     why = f"does not scale to a whole number when its axis goes from {before} to {after}"
-                    raise ModuleError(f"{where} ({value}) {why}", path)
+                    raise ModuleError(f"{where} ({value}) {why}")
                 _set(child, attribute, fitted)
 
 
 def _canonical_names(module: nn.Module) -> dict[str, str]:
-    """Every name of every tensor → the one its groups know it by: that of the first tied to it."""
+    """Every name of every tensor → the one its groups know it by: that of the first tied to it; of a weight that a
+    parametrization computes, the largest of what it is computed from."""
     first: dict[int, str] = {}
     names: dict[str, str] = {}
+    largest: dict[str, Tensor] = {}
     both = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     for name, tensor in both:
         names[name] = first.setdefault(id(tensor), name)
+        found = _PARAMETRIZED.fullmatch(name)
+        computed = found and f"{found[1]}{found[2]}"
+        if computed and (computed not in largest or tensor.numel() > largest[computed].numel()):
+            largest[computed], names[computed] = tensor, names[name]
     return names
 
 

@@ -183,6 +183,23 @@ rule(
 )(_attention)
 
 
+_LOSSES = ("nll_loss", "nll_loss2d", "multi_margin_loss", "multilabel_margin_loss")
+
+
+@rule(*(f"{name}{tail}" for name in _LOSSES for tail in ("", "_forward")))
+@rule("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "kl_div", "poisson_nll_loss")
+@rule("binary_cross_entropy", "binary_cross_entropy_with_logits", "_ctc_loss", "_cudnn_ctc_loss")
+def loss(call: Call) -> None:
+    """What a model compares with its labels is as good as an output."""
+    pin_all(call, "an input of a loss")
+
+
+@rule("embedding_renorm_")
+def renorm(call: Call) -> None:
+    """`max_norm` changes the rows that are looked up, by the norm of all their features."""
+    pin_all(call, "an embedding with max_norm")
+
+
 @rule("max_pool1d", "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d")
 @rule(
     "adaptive_avg_pool1d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d"
