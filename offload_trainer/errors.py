@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """A mistake in the config, the data or the model: says what, where and what to do, in one line."""
+
+
+class NotFinite(UserError):
+    """Training has left the numbers. All ranks raise it, together."""

@@ -1,6 +1,7 @@
 """The public object: owns the rounds. Between two samplings it is a small model with an optimizer, nothing more."""
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -41,8 +42,8 @@ class Offloader:
     transfer: who moves elements on the host: torch ("plain"), compiled kernels ("native"), or the faster.
     precision: types in which the master stores large tensors; subnet and export have those that `model` came in.
 
-    A round in which the loss or a weight was not finite raises at its end, before anything reaches the master. As a
-    context manager it writes back a run's last, unfinished round on a clean exit.
+    A round in which the loss or a weight was not finite raises at its end, before anything reaches the master. A clean
+    exit from its context writes back a last, unfinished round.
     """
 
     def __init__(
@@ -77,11 +78,11 @@ class Offloader:
         self.report, self.spent, self.transfers, self._closed = RoundReport(), Spent(), Transfers(), False
         self._round: Round | None = None  # None between two rounds
         pin, sampled = self.device.type == "cuda", groups.sliced_by(structure.names)
-        self._master = Master(model, layout, materialise=materialise, pin=pin, precision=precision, folder=folder)
+        self._crediting = Crediting(model, groups, structure.credited, magnitude=structure.estimator == "magnitude")
         self.mover = choose_mover(transfer, transfer_threads(self.device, overlap=overlap))
+        self._master = Master(model, layout, materialise=materialise, pin=pin, precision=precision, folder=folder)
         ways = {"sampled": sampled, "carry": state == "carry", "compile": compile, "overlap": overlap}
         self._bench = Workbench(self._master, self.device, optimizer, layout, mover=self.mover, **ways)
-        self._crediting = Crediting(model, groups, structure.credited, magnitude=structure.estimator == "magnitude")
         self._boundary: Boundary | None = self._make_boundary()
 
     # What a training loop calls
@@ -159,11 +160,10 @@ class Offloader:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.finish_round()
-        self._round, self._closed = None, True
-        self._bench.close()
-        self._master.close()
+        self._closed = True
+        with closing(self._master), closing(self._bench):
+            if kind is None:
+                self.finish_round()
 
     # What can be looked at
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from offload_trainer.master import Checkpoint, Ledger, StateLayout, probe_optimi
 from offload_trainer.master.precision import FP32, TYPES, Precision
 from offload_trainer.planning import Decision
 from offload_trainer.predicting import Predictor
-from offload_trainer.randomness import random_state, set_random_state
+from offload_trainer.randomness import put_back
 from offload_trainer.resuming import checkpoint_to_resume, require_resumable
 from offload_trainer.structure import Structure
 from offload_trainer.structure.arguments import SCORES
@@ -60,6 +61,8 @@ class Prepared:
     forecast: Forecast
     checkpoint: Checkpoint | None
     """To resume from."""
+    rows_at_once: int | None
+    """Of a batch, on this process's device; None: as many as it has."""
 
     def local(self, step: int) -> Any:
         """This process's share of one step's batch, on the host."""
@@ -68,6 +71,16 @@ class Prepared:
     def parts(self, steps: Iterable[int]) -> list[Any]:
         """This process's share of these steps' batches, in the parts in which a batch is taken, on the host."""
         return [part for batch in map(self.local, steps) for part in self.micro_batches(batch)]
+
+    @cached_property
+    def calibration(self) -> list[Any]:
+        """Training batches, of steps after the last, that choose the result and give BatchNorm its statistics; kept,
+        since a loader would begin an epoch anew for them, and one more for the next training batch."""
+        return self.parts(range(self.config.steps, self.config.steps + self.config.structure.result_batches))
+
+    def for_evaluation(self, batch: Any) -> list[Any]:
+        """A validation batch, in parts of no more rows than a training pass has, where those are limited."""
+        return pieces(batch, self.rows_at_once)
 
     def micro_batches(self, batch: Any) -> list[Any]:
         """The parts in which a batch is taken: one that does not divide, such as the last of a loader, whole."""
@@ -130,7 +143,8 @@ def prepare(config: Config) -> Prepared:
         memory.give_back()
         growth = memory.host_bytes() - predictor.process  # by what a first forward and backward load and keep
         forecast = replace(forecast, ledger=forecast.ledger.with_larger_process(growth))
-    return Prepared(config, accelerator, task, groups, structure, optimizer, precision, forecast, checkpoint)
+    rows = batch_rows(predictor.passes.batch) if config.micro_batches > 1 else None
+    return Prepared(config, accelerator, task, groups, structure, optimizer, precision, forecast, checkpoint, rows)
 
 
 def rehearse(
@@ -142,17 +156,16 @@ def rehearse(
     precision: Precision,
 ) -> None:
     """Try a user's own loss and metric on a subnet and real batches."""
-    before = random_state(accelerator.device)
     module = slice_module(task.model, plan, plan.groups).to(accelerator.device)
     batches = predictor.passes.batch, predictor.passes.val_batch
-    with accelerator.autocast():
-        tasks.rehearse(task, module, *batches, function)
-    if precision.weights != FP32.weights:  # the master is evaluated as it is stored, at the end
-        for parameter in module.parameters():
-            parameter.data = parameter.data.to(precision.weight(parameter.dtype, parameter.shape))
-        with computing_narrow(module, accelerator):
-            tasks.rehearse_narrow(task, module, batches[1], function)
-    set_random_state(before, accelerator.device)
+    with put_back(accelerator.device):
+        with accelerator.autocast():
+            tasks.rehearse(task, module, *batches, function)
+        if precision.weights != FP32.weights:  # the master is evaluated as it is stored, at the end
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(precision.weight(parameter.dtype, parameter.shape))
+            with computing_narrow(module, accelerator):
+                tasks.rehearse_narrow(task, module, batches[1], function)
 
 
 def with_keep(config: Config, keep: float | None) -> Config:
@@ -160,9 +173,6 @@ def with_keep(config: Config, keep: float | None) -> Config:
     if not config.structure.uses_keep:
         return config
     return config.model_copy(update={"structure": config.structure.model_copy(update={"keep": keep})})
-
-
-# What the run takes
 
 
 def make_predictor(
@@ -181,7 +191,8 @@ def make_predictor(
     if config.micro_batches > 1:
         parts = accelerator.num_processes * config.micro_batches
         batch = shard(task.train[0], 0, parts, "the number of processes times micro_batches")
-    batch, val_batch = send_to_device(batch, device), send_to_device(task.val[0], device)
+    val_batch = pieces(task.val[0], batch_rows(batch) if config.micro_batches > 1 else None)[0]
+    batch, val_batch = send_to_device(batch, device), send_to_device(val_batch, device)
     memory.load_libraries(device)
     optimizer_cost(optimizer, torch.float32, device)  # what a first step imports and starts is there from now on
     memory.give_back()

@@ -42,11 +42,21 @@ def set_random_state(states: Mapping[str, Tensor], device: torch.device = CPU) -
         np.random.set_state(("MT19937", np.array(words, np.uint32), place, int(there), spare))
 
 
+@contextmanager
+def put_back(device: torch.device = CPU) -> Iterator[None]:
+    """Context: afterwards the generators are as they were."""
+    before = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(before, device)
+
+
 class RandomState:
     """A state of its own for all of them, on the CPU, put in their place for a while."""
 
     def __init__(self, seed: int):
-        with self._put_back():
+        with put_back():
             torch.default_generator.manual_seed(seed)  # and no device's
             np.random.seed(seed)
             random.seed(seed)
@@ -55,21 +65,12 @@ class RandomState:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Goes on from where the last use ended; afterwards the generators are as they were."""
-        with self._put_back():
+        with put_back():
             set_random_state(self._states)
             try:
                 yield
             finally:
                 self._states = random_state()
-
-    @staticmethod
-    @contextmanager
-    def _put_back() -> Iterator[None]:
-        before = random_state()
-        try:
-            yield
-        finally:
-            set_random_state(before)
 
 
 def _spare(number: float | None) -> Tensor:

@@ -30,12 +30,15 @@ from offload_trainer.offloader import LossFn, Offloader
 PLAN = "plan.json"
 
 
+def norms_of(module: nn.Module) -> list[_BatchNorm]:
+    """Those that keep running statistics."""
+    return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
 @torch.no_grad()
 def recalibrate(module: nn.Module, batches: Sequence[Any], loss_fn: LossFn, accelerator: Accelerator) -> None:
     """Replace BatchNorm's running statistics by those of the batches: a subnet shares them with others until now."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if not norms:
-        return
+    norms = norms_of(module)
     module.eval()
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -53,8 +56,6 @@ def recalibrate(module: nn.Module, batches: Sequence[Any], loss_fn: LossFn, acce
 
 def recalibrate_master(model: nn.Module, batches: Sequence[Any], loss_fn: LossFn, accelerator: Accelerator) -> None:
     """`recalibrate` of the full master, in place: its units were trained in subnets, with the statistics of those."""
-    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
-        return
     with streamed(model, accelerator) as passing:
         recalibrate(passing, batches, loss_fn, accelerator)
         for path, norm in passing.named_modules():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from offload_trainer.device import ranks
 from offload_trainer.device.transfer import Work
 from offload_trainer.device.workbench import Compile
-from offload_trainer.errors import UserError
+from offload_trainer.errors import NotFinite, UserError
 
 
 def require_arguments(
@@ -78,7 +78,7 @@ class Round:
         """d: mean over the paired batches and the ranks of L(m) − L(m′); None if there were none. The host waits for
         the device here.
 
-        Raises `UserError`, naming the step, unless the losses (means over the ranks), the weights and what s learns
+        Raises `NotFinite`, naming the step, unless the losses (means over the ranks), the weights and what s learns
         from are finite. weights: whether those are. steps: of the run so far, this round's included. rounds: finished
         before it.
         """
@@ -97,7 +97,7 @@ class Round:
             else "a weight is not finite"
         )
         what = f"the loss is {losses[bad[0]].item()}" if bad else what
-        raise UserError(
+        raise NotFinite(
             f"{what} at step {steps - self.steps + within}, round {rounds}: the master and the last checkpoint keep "
             "what was before this round; lower optimizer.lr, set optimizer.clip_norm or turn memory.autocast off"
         )

@@ -1,6 +1,7 @@
-"""Ctrl-C and SIGTERM in a run of several ranks: all stop after the same step.
+"""The end of a run of several ranks that is broken off: all of them end, after the same step.
 
-One that stopped by itself would leave the others in an exchange of gradients that never comes to its end.
+One that stopped by itself would leave the others in an exchange of gradients that never comes to its end; and one that
+has ended has a launcher kill the others, of which the first may be writing a checkpoint.
 """
 
 import signal
@@ -10,14 +11,15 @@ from contextlib import contextmanager
 from accelerate import Accelerator
 
 from offload_trainer.device import ranks
+from offload_trainer.errors import NotFinite
 
 
 @contextmanager
 def stopping_together(accelerator: Accelerator) -> Iterator[Callable[[], None]]:
     """Yields what every rank calls once a step; it raises KeyboardInterrupt on all if any was interrupted since.
 
-    Until the block is left nothing else is made of an interrupt, and it is left when all ranks leave it: the first may
-    be writing a checkpoint, and a launcher kills what outlives another rank. One rank alone is interrupted as ever.
+    Until the block is left nothing else is made of an interrupt. What all ranks raise, that or `NotFinite`, leaves it
+    when it has come to the end of the block on all of them. One rank alone is interrupted as ever.
     """
     if accelerator.num_processes == 1:
         yield lambda: None
@@ -37,6 +39,9 @@ def stopping_together(accelerator: Accelerator) -> Iterator[Callable[[], None]]:
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop_if_asked
+    except NotFinite:
+        agreed = True
+        raise
     finally:
         if agreed:
             accelerator.wait_for_everyone()

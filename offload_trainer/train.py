@@ -27,7 +27,8 @@ from offload_trainer.master.interrupts import undivided
 from offload_trainer.monitor import Monitor
 from offload_trainer.offloader import Offloader
 from offload_trainer.prepare import Prepared, prepare
-from offload_trainer.result import best_of, recalibrate, recalibrate_master, save_export
+from offload_trainer.randomness import put_back
+from offload_trainer.result import best_of, norms_of, recalibrate, recalibrate_master, save_export
 from offload_trainer.rounds import Meter
 from offload_trainer.starting import start
 from offload_trainer.stopping import stopping_together
@@ -92,7 +93,7 @@ def train(config: Config) -> None:
         settle_from = math.ceil(config.steps * (1 - config.structure.settle))
         if config.track.eval_every and not offloader.steps:
             with meter.paused("evaluation"):
-                first_look = validate(config, run, offloader)
+                first_look = validate(run, offloader)
             monitor.log({"step": 0, "train_seconds": 0.0, "train_cpu_seconds": 0.0, **first_look})
 
         with (
@@ -122,7 +123,7 @@ def train(config: Config) -> None:
                 if validates:
                     try:
                         with meter.paused("evaluation"):
-                            record |= validate(config, run, offloader)
+                            record |= validate(run, offloader)
                     finally:
                         monitor.log(record)
                 if ended and due(config.checkpoint.every, last_end, step):
@@ -152,28 +153,32 @@ def measured(run: Prepared, offloader: Offloader) -> dict[str, Any]:
     return {**numbers, "link_share": numbers["bytes_per_second"] / run.forecast.link.both_ways}
 
 
-def validate(config: Config, run: Prepared, offloader: Offloader) -> dict[str, float]:
+def validate(run: Prepared, offloader: Offloader) -> dict[str, float]:
     """Metrics of the subnet of the largest s, as the export would have it now."""
     task, accelerator = run.task, run.accelerator
     subnet = offloader.export().to(accelerator.device)
-    recalibrate(subnet, calibration(config, run), task.loss_fn, accelerator)
-    metrics = task.report(evaluate(subnet, task.val, task.metrics_fn, task.count, accelerator))
+    with put_back(accelerator.device):  # training goes on as if nobody had looked
+        if norms_of(subnet):
+            recalibrate(subnet, run.calibration, task.loss_fn, accelerator)
+        means = evaluate(subnet, task.val, task.metrics_fn, task.count, accelerator, run.for_evaluation)
+    metrics = task.report(means)
     return {f"val_{name}": value for name, value in metrics.items()}
 
 
 def conclude(config: Config, run: Prepared, offloader: Offloader, meter: Meter, monitor: Monitor) -> dict[str, Any]:
     """Choose the result, evaluate it and the full master, export it; returns the content of summary.json."""
     accelerator, task, out = run.accelerator, run.task, Path(config.out)
-    chosen_on = calibration(config, run)
     plan = offloader.agenda.top()
     if config.structure.result == "best_of" and run.structure.names:
-        plan = best_of(offloader, config.structure.samples, chosen_on)
+        plan = best_of(offloader, config.structure.samples, run.calibration)
     small = offloader.export(plan).to(accelerator.device)
-    recalibrate(small, chosen_on, task.loss_fn, accelerator)
-    parts = [part for batch in chosen_on for part in run.through_master(batch)]
-    recalibrate_master(offloader.model, parts, task.loss_fn, accelerator)
+    if norms_of(small):
+        recalibrate(small, run.calibration, task.loss_fn, accelerator)
+        parts = [part for batch in run.calibration for part in run.through_master(batch)]
+        recalibrate_master(offloader.model, parts, task.loss_fn, accelerator)
     with meter.paused("evaluation"):
-        exported = task.report(evaluate(small, task.val, task.metrics_fn, task.count, accelerator))
+        means = evaluate(small, task.val, task.metrics_fn, task.count, accelerator, run.for_evaluation)
+        exported = task.report(means)
         means = evaluate_full(offloader.model, task.val, task.metrics_fn, task.count, accelerator, run.through_master)
         full = task.report(means)
     if accelerator.is_main_process:
@@ -226,11 +231,6 @@ def device_memory(device: torch.device, held: int) -> dict[str, int]:
     """Peak of the device's memory; on a CPU, which does not tell, what the subnet held from step to step."""
     peak = memory.device_peak(device)
     return {"device_held_bytes": held} if peak is None else {"device_peak_bytes": peak}
-
-
-def calibration(config: Config, run: Prepared) -> list[Any]:
-    """Training batches, of steps after the last, that choose the result and give BatchNorm its statistics."""
-    return run.parts(range(config.steps, config.steps + config.structure.result_batches))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:

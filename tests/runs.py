@@ -328,6 +328,54 @@ def wide(width: int) -> dict[str, Any]:
     return blobs() | {"model": model}
 
 
+class Counted(torch.utils.data.Dataset):
+    """Rows of blobs, and how many were read."""
+
+    read = 0
+
+    def __init__(self, rows: int):
+        generator = torch.Generator().manual_seed(0)
+        self.rows = torch.randn(rows, 8, generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        Counted.read += 1
+        return self.rows[index], index % 3
+
+
+def counted(norm: bool, rows: int = 400) -> dict[str, Any]:
+    """A shuffled DataLoader of 100 batches; dropout, and a metric that draws numbers too."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 32), *([nn.BatchNorm1d(32)] if norm else []), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 3)]
+    loader = torch.utils.data.DataLoader(Counted(rows), batch_size=4, shuffle=True)
+
+    def metric(module: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        return {"loss": cross_entropy(module, (batch[0] + 0.1 * torch.randn_like(batch[0]), batch[1]))}
+
+    made = {"model": nn.Sequential(*layers), "train": loader, "val": list(loader)[:2]}
+    return made | {"loss": cross_entropy, "metric": metric}
+
+
+class Tables(nn.Module):
+    """Buffers that hold the same on all ranks, of numbers that a sum or a third of one would change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(8, 32), nn.BatchNorm1d(32), nn.Linear(32, 3)
+        self.register_buffer("least", torch.full((3,), torch.finfo(torch.float32).min))
+        self.register_buffer("table", torch.rand(32, generator=torch.Generator().manual_seed(1)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self.last(torch.relu(self.norm(self.first(x))) * self.table)
+        return torch.maximum(logits, self.least)
+
+
+def tables() -> dict[str, Any]:
+    return blobs() | {"model": Tables()}
+
+
 def images(folder: Path, size: int) -> Path:
     """A tiny imagefolder of noise: two classes, six training and two test images each."""
     random = np.random.default_rng(0)

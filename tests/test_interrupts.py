@@ -2,11 +2,14 @@
 
 import signal
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from offload_trainer.errors import NotFinite, UserError
 from offload_trainer.master.interrupts import undivided
+from offload_trainer.stopping import stopping_together
 
 
 @pytest.mark.parametrize("at", [0, 1], ids=["while handlers are put in place", "while they are put back"])
@@ -34,3 +37,14 @@ def test_an_interrupt_beside_an_undivided_block_leaves_the_handlers(at: int, mon
     finally:
         for number, handler in before.items():
             whole(number, handler)
+
+
+@pytest.mark.parametrize(("error", "waits"), [(NotFinite, True), (UserError, False)])
+def test_ranks_that_fail_together_wait_for_one_another(error: type[UserError], waits: bool) -> None:
+    """The first may be writing a checkpoint, and the end of another would have it killed; one that fails alone waits
+    for nobody."""
+    waited: list[bool] = []
+    ranks: Any = SimpleNamespace(num_processes=2, wait_for_everyone=lambda: waited.append(True))
+    with pytest.raises(error), stopping_together(ranks):
+        raise error("")
+    assert waited == [True] * waits

@@ -34,6 +34,7 @@ from offload_trainer.master.precision import FP32, Precision
 from offload_trainer.predicting import PROVED_WHOLE, Predictor
 from offload_trainer.result import recalibrate_master
 from offload_trainer.run import main
+from offload_trainer.structure import effects
 from tests.runs import config, launch, metrics
 
 CPU = torch.device("cpu")
@@ -220,7 +221,10 @@ def predictor(case: Case, groups: Groups, factory: Callable, carry: bool, precis
 @pytest.mark.parametrize("control", ["none", "linear"])
 @pytest.mark.parametrize("state", ["carry", "reset"])
 @pytest.mark.parametrize(("name", "factory"), [("mlp", adamw), ("convolutional", sgd), ("llama", adamw)])
-def test_device_peak_of_a_run(name: str, factory: Callable, state: Any, control: Any) -> None:
+def test_device_peak_of_a_run(
+    name: str, factory: Callable, state: Any, control: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(effects, "REMEMBERED", (16, 16))  # of the host, but a CPU is both
     case = CASES[name]()
     model, batch, inputs, loss_fn = case
     groups, plan = half(model, inputs)

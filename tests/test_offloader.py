@@ -644,6 +644,25 @@ def test_an_accelerator_that_would_change_gradients_is_refused(settings: dict) -
         Offloader(model, groups, loss_fn, optimizer=ADAMW, structure=Structure(groups), accelerator=accelerator)
 
 
+def test_an_end_that_fails_closes_all_the_same() -> None:
+    batch = data(1)[0]
+    trainer = offloader(network(), sync_every=5)
+    with pytest.raises(UserError, match="the loss is nan"), trainer:
+        trainer.loss((batch[0] * math.nan, batch[1])).backward()
+        trainer.step()
+    assert trainer._bench.pipeline._worker._shutdown
+    with pytest.raises(RuntimeError, match="closed"):
+        trainer.loss(batch)
+
+
+def test_a_wrong_argument_leaves_the_model_as_it_was() -> None:
+    model = network()
+    before = {name: (parameter.data_ptr(), parameter.dtype) for name, parameter in model.named_parameters()}
+    with pytest.raises(UserError, match=r"transfer \('nativ'\)"):
+        offloader(model, transfer="nativ")
+    assert before == {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()}
+
+
 def test_stepping_without_a_loss_or_after_the_end_is_an_error() -> None:
     with offloader(network()) as trainer, pytest.raises(RuntimeError, match="follows loss"):
         trainer.step()

@@ -18,6 +18,9 @@ CASES = {
     "adamw reset": {"factory": ADAMW, "state": "reset"},
     "bernoulli global": {"factory": ADAMW, "sampler": "bernoulli", "budget": "global"},
     "keep 1": {"factory": ADAMW, "keep": 1.0},
+    "disarm": {"factory": ADAMW, "estimator": "disarm"},
+    "credit": {"factory": SGD, "estimator": "credit", "explore_steps": 20},
+    "control linear": {"factory": ADAMW, "control": "linear"},
     "cubic": {"factory": SGD, "schedule": "cubic", "start_keep": 1.0, "schedule_steps": 20},
 }
 

@@ -26,6 +26,7 @@ from offload_trainer.prepare import prepare
 from offload_trainer.result import load_export
 from offload_trainer.run import main
 from offload_trainer.tasks import build_task
+from tests import runs
 from tests.runs import EXPERTS, LLAMA, ROOT, TWO_LAYERS, config, custom, images, launch, metrics
 
 EXPECTED_METRICS = {
@@ -170,6 +171,30 @@ def test_a_loss_that_needs_its_batch_whole_gets_it(tmp_path: Path) -> None:
     assert phases["master evaluated"]["device_bytes"] > phases["forward and backward"]["device_bytes"]
 
 
+def test_validation_takes_no_more_rows_at_once_than_training(tmp_path: Path) -> None:
+    file, losses, device = str(config(tmp_path, **{"task.batch_size": 8, "track.eval_every": 4})), [], []
+    for parts in ("1", "8"):
+        out = tmp_path / parts
+        assert main(["--config", file, "--micro_batches", parts, "--out", str(out)]) == 0
+        losses.append([record["val_loss"] for record in metrics(out) if "val_loss" in record])
+        phases = json.loads((out / "summary.json").read_text())["ledger"]["predicted"]["phases"]
+        device.append(phases["subnet evaluated"]["device_bytes"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert device[1] < 0.7 * device[0]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_validation_leaves_training_and_its_loader_alone(tmp_path: Path, norm: bool) -> None:
+    """Whatever it draws; and batches are not read anew after each."""
+    file, losses = str(config(tmp_path, **custom("counted", norm=norm), steps=40)), []
+    for every in ("0", "4"):
+        runs.Counted.read = 0
+        assert main(["--config", file, "--track.eval_every", every, "--out", str(tmp_path / every)]) == 0
+        losses.append([record["loss"] for record in metrics(tmp_path / every) if record["step"]])
+        assert runs.Counted.read <= 4 * (40 + 2 * 100 + 20), "batches were read again and again"
+    assert losses[0] == losses[1]
+
+
 def test_recomputed_activations_train_the_same_and_take_less(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -193,8 +218,8 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subpr
     """A folder, and two real processes on gloo: a run that cannot be; one in `two` of which each has half a batch."""
     folder = tmp_path_factory.mktemp("processes")
     file = str(config(folder, **{"structure.settle": 0.3, "track.eval_every": 4, "task.val_batches": 1}))
-    runs = ["--config", file, "--task.batch_size", "3", "--", "--config", file, "--out", str(folder / "two")]
-    return folder, launch("torchrun", "--nproc_per_node", "2", "-m", "tests.several", *runs)
+    words = ["--config", file, "--task.batch_size", "3", "--", "--config", file, "--out", str(folder / "two")]
+    return folder, launch("torchrun", "--nproc_per_node", "2", "-m", "tests.several", *words)
 
 
 def test_processes_that_call_other_experts_agree_on_what_they_are_worth(tmp_path: Path) -> None:
@@ -226,7 +251,22 @@ def test_two_processes_give_the_losses_of_one(
         assert ("val_loss" in second) == ("val_loss" in first) == (first["step"] in (4, 8))
         assert second.get("val_loss", 0) == pytest.approx(first.get("val_loss", 0), rel=1e-4)
     # On as many processes as divide the batch, from any checkpoint.
-    assert main(["--config", file, "--out", two, "--resume", "auto"]) == 0
+    further = ["--config", file, "--resume", "auto", "--steps", str(firsts[-1]["step"] + 4)]
+    for out in (one, two):
+        assert main([*further, "--out", out]) == 0
+    more, others = (metrics(Path(out))[len(firsts) + 1 :] for out in (one, two))
+    assert [record["loss"] for record in others] == pytest.approx([record["loss"] for record in more], rel=1e-4)
+    assert len(more) == 4
+
+
+def test_what_all_processes_hold_alike_stays_as_it_is(tmp_path: Path) -> None:
+    """A sum of two would be infinite."""
+    file, program = str(config(tmp_path, **custom("tables"))), str(ROOT / "offload_trainer" / "run.py")
+    done = launch("torchrun", "--nproc_per_node", "2", program, "--config", file, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    weights, model = find_checkpoint(tmp_path / "out" / "checkpoints").read("weights"), runs.Tables()
+    assert torch.equal(weights["least"], model.least) and torch.equal(weights["table"], model.table)
+    assert not torch.equal(weights["norm.running_mean"], model.norm.running_mean)
 
 
 def test_an_interrupt_of_one_process_stops_all_after_the_same_step(tmp_path: Path) -> None:

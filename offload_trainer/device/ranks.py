@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 
 from offload_trainer.errors import UserError
@@ -43,8 +43,16 @@ def average_gradients(accelerator: Accelerator, parameters: Mapping[str, nn.Para
 
 
 def average_buffers(accelerator: Accelerator, module: nn.Module) -> None:
-    """BatchNorm statistics were gathered on different shares of each batch."""
-    average_(accelerator, [b for b in module.buffers() if b.dtype.is_floating_point])
+    """BatchNorm statistics were gathered on different shares of each batch. What is the same on all ranks, a mask or a
+    table of frequencies, stays so to the bit: it is the differences to the first rank's that are averaged."""
+    if accelerator.num_processes == 1:
+        return
+    buffers = [buffer for buffer in module.buffers() if buffer.dtype.is_floating_point]
+    firsts: Any = broadcast([buffer.clone() for buffer in buffers])
+    apart = [torch.where(mine == first, 0, mine - first) for mine, first in zip(buffers, firsts, strict=True)]
+    average_(accelerator, apart)
+    for buffer, first, difference in zip(buffers, firsts, apart, strict=True):
+        buffer.copy_(torch.where(difference == 0, first, first + difference))
 
 
 def mean(accelerator: Accelerator, value: Tensor) -> float:

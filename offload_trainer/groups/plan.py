@@ -1,6 +1,7 @@
 """Groups of units and the frozen plan that says which of them are kept. Data only: no tracing, no slicing."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -57,8 +58,8 @@ class Groups:
 
     def __post_init__(self) -> None:
         names = [group.name for group in self.groups]
-        for name in names:
-            if names.count(name) > 1:
+        for name, count in Counter(names).items():
+            if count > 1:
                 raise UserError(f"two groups are called {name!r}; group names must differ")
         for group in self.groups:
             if group.units < 1 or not group.slots:
@@ -89,18 +90,17 @@ class Groups:
         return len(self.groups)
 
     def __getitem__(self, name: str) -> Group:
-        for group in self.groups:
-            if group.name == name:
-                return group
-        raise KeyError(f"no group {name!r}; there are {', '.join(group.name for group in self.groups)}")
+        if name not in self._by_name:
+            raise KeyError(f"no group {name!r}; there are {', '.join(self._by_name)}")
+        return self._by_name[name]
 
     def slots(self, name: str) -> tuple[Slot, ...]:
         return self[name].slots
 
     def sliced_by(self, names: Iterable[str]) -> frozenset[str]:
         """The tensors that the groups of these names slice. Raises `UserError` for a name that is not there."""
-        names, known = list(names), {group.name for group in self.groups}
-        unknown = [name for name in names if name not in known]
+        names = list(names)
+        unknown = [name for name in names if name not in self._by_name]
         if unknown:
             raise UserError(
                 f"the structure has group {unknown[0]!r}, which the model's groups do not: make both of one"
@@ -124,6 +124,10 @@ class Groups:
     def parameters(self, name: str) -> int:
         """Elements of all tensors that the group slices."""
         return sum(self.shapes[tensor].numel() for tensor in {slot.tensor for slot in self[name].slots})
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, Group]:
+        return {group.name: group for group in self.groups}
 
     @cached_property
     def by_tensor(self) -> Mapping[str, Mapping[int, tuple[tuple[Group, Slot], ...]]]:
