@@ -1,9 +1,10 @@
 """What a config asks for, made: accelerator, structure, optimizer; and what of it a resumed run must share."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,11 +12,14 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
 from offload_trainer.config import Config, OptimizerConfig
+from offload_trainer.device import ranks
 from offload_trainer.device.numa import stay_near
 from offload_trainer.device.processes import require_devices, use_all_cores
 from offload_trainer.errors import UserError
-from offload_trainer.groups import Groups
+from offload_trainer.groups import Groups, Plan
+from offload_trainer.groups.slicing import named_tensors, rebuild
 from offload_trainer.structure import Structure
+from offload_trainer.tasks import Task
 
 PATIENCE = timedelta(hours=6)
 """Of ranks for one another: the first alone writes checkpoints and the export, hundreds of gigabytes at times."""
@@ -43,6 +47,24 @@ def make_accelerator(config: Config) -> Accelerator:
     stay_near(accelerator.device)  # before any memory is touched
     use_all_cores()
     return accelerator
+
+
+def require_same_config(config: Config, accelerator: Accelerator) -> None:
+    """Raise `UserError`, naming the key, unless all ranks were started alike: each would train something else."""
+    every = ranks.gather(accelerator, _flat(config.model_dump(mode="json", exclude={"memory": {"folder"}})))
+    for key in dict.fromkeys(key for one in every for key in one):
+        for rank, one in enumerate(every):
+            if one.get(key) != every[0].get(key):
+                raise UserError(f"{key} ({every[0].get(key)}) of rank 0 must be that of rank {rank} ({one.get(key)})")
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key → value."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        nested = isinstance(value, Mapping)
+        found |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return found
 
 
 def require_graphs(config: Config, accelerator: Accelerator) -> None:
@@ -82,6 +104,27 @@ def make_structure(config: Config, groups: Groups) -> Structure:
         explore_steps=math.ceil(config.steps * (1 - section.settle)) if section.settle else 0,
         seed=config.seed,
     )
+
+
+def export_note(config: Config, task: Task, groups: Groups) -> str | None:
+    """Whether the export will lack a config, told from the widths at the end of the run."""
+    if task.why_no_config is None:
+        return None
+    structure = make_structure(config, groups)
+    varying = {
+        "budget: global": structure.budget == "global",
+        "sampler: bernoulli with result: best_of": structure.sampler == "bernoulli"
+        and config.structure.result == "best_of",
+    }
+    for keys, varies in varying.items():
+        if varies and len(structure.names) > 1:
+            return f"the export has a config.json only if layers end with equal widths, which {keys} does not see to"
+    structure.set_step(config.steps)
+    plan = Plan(groups, structure.top())
+    tensors = named_tensors(task.model)
+    small = {name: torch.empty(plan.shape(name), dtype=t.dtype, device="meta") for name, t in tensors.items()}
+    why = task.why_no_config(rebuild(task.model, small, plan, plan.groups))
+    return None if why is None else f"the export will have no config.json: {why}"
 
 
 def optimizer_factory(section: OptimizerConfig) -> OptimizerFactory:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
+SUMMARY = "summary.json"
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 WIDTH = 40  # of the two charts, in characters: the bins of the histogram of s
 ACCENT = "cyan"
@@ -76,6 +77,7 @@ class Monitor:
         if self.main:
             path = self.out / "metrics.jsonl"
             with recording(path):
+                (self.out / SUMMARY).unlink(missing_ok=True)  # of this run until here, or of another
                 kept = list(_records(path, self.first_step)) if self.first_step else []
                 replace_text(path, "".join(map(_line, kept)))
                 self.file = path.open("a", encoding="utf-8")
@@ -128,8 +130,8 @@ class Monitor:
         if not self.main:
             return
         record = _plain(record)
-        with recording(self.out / "summary.json"):
-            replace_text(self.out / "summary.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
+        with recording(self.out / SUMMARY):
+            replace_text(self.out / SUMMARY, json.dumps(record, indent=2, allow_nan=False) + "\n")
         if self.live:
             self.live.stop()
         table, previous = Table.grid(padding=(0, 3)), ""
@@ -207,9 +209,9 @@ def _records(path: Path, last_step: int) -> Iterator[Record]:
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
-        except ValueError:  # no JSON, or no text
+        except (ValueError, RecursionError):  # no JSON, or no text
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= last_step:
+        if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] <= last_step:
             yield _plain(record)
 
 
@@ -267,7 +269,7 @@ def _worded(key: str, value: Any) -> str:
         return "–"
     if not isinstance(value, int | float) or isinstance(value, bool):
         return str(value)
-    if key.endswith("_bytes"):
+    if key.endswith(("_bytes", "bytes_moved")):
         return _scaled(value, 1024, [" B", " KiB", " MiB", " GiB", " TiB"])
     if key.endswith("bytes_per_second"):
         return _scaled(value, 1000, [" B/s", " kB/s", " MB/s", " GB/s"])

@@ -196,13 +196,17 @@ def require(verdicts: Iterable[Verdict]) -> None:
             raise UserError(verdict.text)
 
 
-def require_writable(out: Path) -> None:
-    """Raise unless files can be made in `out` (made here if need be) or, while it does not exist, in its parent."""
+def require_writable(out: Path, *, make: bool) -> None:
+    """Raise unless files can be made in `out`. make: try it, in a new folder if need be; else nothing is touched."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        if make:
+            out.mkdir(parents=True, exist_ok=True)
+            probe = out / f".writable-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"out ({out}) must be a folder that can be written: {there} is none")
         for name in ("checkpoints", "export", "full"):
             if (out / name).exists() and not (out / name).is_dir():
                 raise UserError(f"out ({out}): {name} in it must be a folder, it is a file")
@@ -210,7 +214,7 @@ def require_writable(out: Path) -> None:
             raise UserError(f"out ({out}): checkpoints in it must be a folder, it is a link to nothing")
         for name in ("export", "full"):
             place = followed(out / name)
-            if os.path.ismount(place) or not os.access(place.parent, os.W_OK):
+            if os.path.ismount(place) or (out.exists() and not os.access(place.parent, os.W_OK)):
                 raise UserError(
                     f"out ({out}): {name} in it, which is replaced as a whole, must be a folder within one that can be"
                     f" written; it is {place}"

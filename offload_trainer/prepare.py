@@ -25,15 +25,17 @@ from offload_trainer.evaluation import computing_narrow
 from offload_trainer.files.writing import require_savable
 from offload_trainer.forecast import Forecast
 from offload_trainer.groups import Groups, Plan, find_groups, read_rules, slice_module, verify_groups
-from offload_trainer.groups.slicing import named_tensors, rebuild
+from offload_trainer.groups.slicing import named_tensors
 from offload_trainer.making import (
     OptimizerFactory,
+    export_note,
     make_accelerator,
     make_structure,
     master_folder,
     optimizer_factory,
     recompute_activations,
     require_graphs,
+    require_same_config,
     resumable,
 )
 from offload_trainer.master import Checkpoint, Ledger, StateLayout, probe_optimizer, trained_dtype
@@ -98,12 +100,13 @@ def prepare(config: Config) -> Prepared:
     For a dry run what does not fit is no error but the answer.
     """
     accelerator = make_accelerator(config)
+    require_same_config(config, accelerator)
     require_graphs(config, accelerator)
     out = Path(config.out)
-    if not config.dry_run:
-        planning.require_writable(out)
-        if (folder := master_folder(config)) is not None:
-            planning.require_disk(folder)
+    planning.require_writable(out, make=not config.dry_run)
+    folder = master_folder(config)
+    if folder is not None and (folder.exists() or config.memory.folder is not None):
+        planning.require_disk(folder)
     # Here, where nothing is allocated yet, and before the process is measured: it loads a compiler's interface.
     choose_mover(config.memory.transfer, transfer_threads(accelerator.device, overlap=config.memory.overlap))
     set_seed(config.seed)
@@ -260,21 +263,6 @@ def decide_keep(config: Config, accelerator: Accelerator, groups: Groups, predic
         raise UserError(f"memory.device ({asked}) cannot choose structure.keep: {decision.ledger.notes[0]}")
     # Each process looked at its own memory.
     return min(ranks.gather(accelerator, decision), key=lambda one: one.keep)
-
-
-def export_note(config: Config, task: tasks.Task, groups: Groups) -> str | None:
-    """Whether the export will lack a config, told from the widths at the end of the run."""
-    if task.why_no_config is None:
-        return None
-    structure = make_structure(config, groups)
-    if structure.budget == "global" and len(structure.names) > 1:
-        return "the export has a config.json only if layers end with equal widths, which budget: global does not see to"
-    structure.set_step(config.steps)
-    plan = Plan(groups, structure.top())
-    tensors = named_tensors(task.model)
-    small = {name: torch.empty(plan.shape(name), dtype=t.dtype, device="meta") for name, t in tensors.items()}
-    why = task.why_no_config(rebuild(task.model, small, plan, plan.groups))
-    return None if why is None else f"the export will have no config.json: {why}"
 
 
 def make_forecast(

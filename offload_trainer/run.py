@@ -12,7 +12,7 @@ INTERRUPTED = 130
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0; 2 after one line that says what to mend; 130 after an interrupt."""
+    """Exit code: 0; 2 after one line that says what to mend; 1 if another process is gone; 130 after an interrupt."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill leaves what Ctrl-C leaves
     try:
         train(parse(argv))
@@ -20,6 +20,11 @@ def main(argv: list[str] | None = None) -> int:
         rank = os.environ.get("RANK", "0")
         print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if "Connection closed by peer" not in str(error) and "Connection reset by peer" not in str(error):
+            raise
+        print("error: another process of this run has ended (see what it said)", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0

@@ -22,7 +22,7 @@ from offload_trainer.files.writing import sole_writer
 from offload_trainer.forecast import show_forecast
 from offload_trainer.groups import Plan
 from offload_trainer.making import master_folder, resumable
-from offload_trainer.master import CheckpointStore, whole_folder
+from offload_trainer.master import CheckpointStore, set_aside, whole_folder
 from offload_trainer.master.interrupts import undivided
 from offload_trainer.monitor import Monitor
 from offload_trainer.offloader import Offloader
@@ -106,26 +106,30 @@ def train(config: Config) -> None:
                 set_learning_rate(offloader.optimizer, config, offloader.steps)
                 parts = run.micro_batches(batch)
                 losses = [train_on(part, offloader, len(parts)) for part in parts]
-                record: dict[str, Any] = {}
-                with undivided():  # no step without its record
-                    offloader.step()
-                    meter.add(task.count(batch) * accelerator.num_processes, torch.stack(losses).sum())
-                    step = offloader.steps
-                    ended = offloader.between_rounds and step < config.steps
-                    validates = ended and due(config.track.eval_every, last_end, step)
-                    pictured = step == config.steps or (ended and due(config.track.structure_every, last_end, step))
-                    if step % config.track.log_every == 0 or validates or pictured:
-                        monitor.show(run.structure.flat if run.structure.names else torch.ones(1))
-                        record = {"step": step, **meter.read(accelerator), **measured(run, offloader)}
-                        record |= {"structure": run.structure.portrait(step)} if pictured else {}
-                        if not validates:
-                            monitor.log(record)
-                if validates:
-                    try:
+                unfinished: dict[str, Any] = {}  # a record that waits for its validation
+                try:
+                    with undivided():  # no step without its record
+                        offloader.step()
+                        meter.add(task.count(batch) * accelerator.num_processes, torch.stack(losses).sum())
+                        step = offloader.steps
+                        ended = offloader.between_rounds and step < config.steps
+                        validates = ended and due(config.track.eval_every, last_end, step)
+                        pictured = step == config.steps or (ended and due(config.track.structure_every, last_end, step))
+                        if step % config.track.log_every == 0 or validates or pictured:
+                            monitor.show(run.structure.flat if run.structure.names else torch.ones(1))
+                            record = {"step": step, **meter.read(accelerator), **measured(run, offloader)}
+                            record |= {"structure": run.structure.portrait(step)} if pictured else {}
+                            if validates:
+                                unfinished = record
+                            else:
+                                monitor.log(record)
+                    if validates:
                         with meter.paused("evaluation"):
-                            record |= validate(run, offloader)
-                    finally:
-                        monitor.log(record)
+                            unfinished |= validate(run, offloader)
+                finally:
+                    if unfinished:
+                        with undivided():
+                            monitor.log(unfinished)
                 if ended and due(config.checkpoint.every, last_end, step):
                     with meter.paused("checkpoint"):
                         save_checkpoint(offloader, store, config)
@@ -189,8 +193,11 @@ def conclude(config: Config, run: Prepared, offloader: Offloader, meter: Meter, 
             with whole_folder(out / name) as folder:
                 save_export(module, kept, folder, size_in_bytes(config.export.shard_size))
                 note = task.save_export(module, folder) if task.save_export is not None else None
+                aside = set_aside(out / name, folder)
             if note is not None:
                 monitor.message(f"{out / name}: {note}")
+            if aside is not None:
+                monitor.message(f"{out / name} held files that are not in the new one: all of it is in {aside} now")
     accelerator.wait_for_everyone()
     return {
         "steps": offloader.steps,
@@ -275,7 +282,11 @@ def kept_when_broken_off(
                 step = offloader.boundary().numbers["steps"]
                 if step and not store.has(step):
                     snapshot.save(offloader, store, {"config": resumable(config)})
-                monitor.message(f"broken off; --resume auto goes on from step {step}")
+                monitor.message(
+                    f"broken off; --resume auto goes on from step {step}"
+                    if step
+                    else "broken off in the first round: there is no checkpoint"
+                )
             except (RuntimeError, UserError) as error:
                 monitor.message(f"broken off, and no checkpoint could be made of it: {error}")
         raise

@@ -3,14 +3,17 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
+from offload_trainer import UserError, making, train
 from offload_trainer import offloader as offloader_module
-from offload_trainer import train
+from offload_trainer.config import Config
 from offload_trainer.device import memory
 from offload_trainer.files.writing import sole_writer
 from offload_trainer.master import CheckpointStore
@@ -395,3 +398,30 @@ def test_a_disk_that_fills_while_metrics_are_written(
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000004"]
     assert main(["--config", file, "--resume", "auto"]) == 0
     assert [record["step"] for record in metrics(tmp_path / "out")] == list(range(1, 13))
+
+
+def test_a_dry_run_finds_a_folder_that_cannot_be_written_and_makes_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = str(config(tmp_path)), tmp_path / "new" / "out"
+    (tmp_path / "file").touch()
+    words = ["--config", file, "--dry-run"]
+    for keys in (["--out", str(tmp_path / "file" / "out")], ["--out", str(tmp_path / "file")]):
+        assert "must be a folder that can be written" in one_line(capsys, main([*words, *keys]))
+    mapped = ["--memory.master", "file", "--memory.folder", str(tmp_path / "none")]
+    assert "memory.folder" in one_line(capsys, main([*words, *mapped]))
+    assert main([*words, "--out", str(out)]) == 0 and not out.parent.exists()
+
+
+def test_ranks_that_were_started_differently_are_named_by_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, other = {"steps": 4, "optimizer": {"kind": "adamw", "lr": 0.1}}, {"steps": 4, "optimizer": {"lr": 0.2}}
+    ours, theirs = (parse_dict({**one, "task": {"kind": "custom", "function": "a:b"}}) for one in (mine, other))
+    flat = making._flat(theirs.model_dump(mode="json", exclude={"memory": {"folder"}}))
+    monkeypatch.setattr(making.ranks, "gather", lambda _, value: [value, flat])
+    with pytest.raises(UserError, match=r"^optimizer.lr \(0.1\) of rank 0 must be that of rank 1 \(0.2\)$"):
+        making.require_same_config(ours, Accelerator(cpu=True))
+    making.require_same_config(theirs, Accelerator(cpu=True))
+
+
+def parse_dict(values: dict[str, Any]) -> Config:
+    return Config.model_validate(values)

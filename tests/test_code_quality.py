@@ -65,6 +65,6 @@ def test_no_module_shadows_another():
     assert not ours & (sys.stdlib_module_names | packages_distributions().keys())
 
 
-def test_the_tables_of_the_readme_are_those_of_the_results():
+def test_the_tables_of_both_pages_are_those_of_the_results():
     done = subprocess.run([sys.executable, "tools/tables.py", "--check"], cwd=ROOT)
     assert done.returncode == 0, "run: python tools/tables.py"

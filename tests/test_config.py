@@ -241,6 +241,10 @@ def test_key_of_another_kind_of_task_is_a_mistake(tmp_path: Path):
             {"structure": {"sampler": "bernoulli"}, "memory": {"compile": True}},
             "memory.compile (true) needs structure.sampler (bernoulli) to be fixed",
         ),
+        (
+            {"structure": {"budget": "global"}, "memory": {"compile": True}},
+            "memory.compile (true) needs structure.budget (global) to be per_group",
+        ),
         ({"structure": {"keep": 0.1, "groups": {"a": 0.5}}}, "structure.keep (0.1) has no effect"),
         ({"task": TEXT | {"model": {}}}, "task.model ({}) must name its model_type"),
         ({"task": None}, "task.kind is missing: it must be one of causal_lm, image_classification, custom"),

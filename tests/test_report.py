@@ -67,6 +67,27 @@ def test_runs_are_compared_and_an_unfinished_one_is_shown(finished: Path, report
     assert "still &lt;going&gt;" in page and "still <going>" not in page
 
 
+def test_a_metric_that_is_no_number_and_a_damaged_summary(
+    finished: Path, report: Any, tmp_path: Path, capsys: Any
+) -> None:
+    odd = tmp_path / "odd"
+    shutil.copytree(finished, odd)
+    summary = json.loads((odd / "summary.json").read_text())
+    summary["exported"]["precision"] = None
+    (odd / "summary.json").write_text(json.dumps(summary))
+    assert report.main([str(odd)]) == 0 and "precision –" in (odd / "report.html").read_text()
+    for content, said in (
+        ("[]", "summary.json cannot be read"),
+        ('{"exported": {}}', "damaged"),
+        ("{", "summary.json"),
+    ):
+        capsys.readouterr()
+        (odd / "summary.json").write_text(content)
+        assert report.main([str(odd)]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("content", [None, "", "{broken\n", "[1]\n", '{"loss": 1}\n'])
 def test_a_folder_without_metrics_is_named(tmp_path: Path, report: Any, capsys: Any, content: str | None) -> None:
     if content is not None:

@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from offload_trainer import find_groups
+from offload_trainer import Offloader, find_groups
 from offload_trainer.config import parse
 from offload_trainer.master import find_checkpoint
 from offload_trainer.prepare import prepare
 from offload_trainer.result import load_export
-from offload_trainer.run import main
+from offload_trainer.run import INTERRUPTED, main
 from offload_trainer.tasks import build_task
 from tests import runs
 from tests.runs import EXPERTS, LLAMA, ROOT, TWO_LAYERS, config, custom, images, launch, metrics
@@ -125,6 +125,39 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path, sto
     assert main(["--config", whole, "--resume", "auto", "--steps", end, "--optimizer.schedule", "constant"]) == 0
     assert [record["step"] for record in metrics(out)] == list(range(1, int(end) + 1))
     assert not list((out / "checkpoints").glob(".writing-*"))
+
+
+def test_an_interrupt_in_the_last_step_of_a_round_leaves_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though a validation is due after it."""
+    step = Offloader.step
+
+    def interrupted(self: Offloader) -> None:
+        step(self)
+        if self.steps == 8:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Offloader, "step", interrupted)
+    assert main(["--config", str(config(tmp_path, **custom("blobs"), **{"track.eval_every": 4}))]) == INTERRUPTED
+    assert [record["step"] for record in metrics(tmp_path / "out")] == [0, *range(1, 9)]
+
+
+def test_what_somebody_put_beside_an_export_is_moved_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = str(config(tmp_path, **custom("blobs"))), tmp_path / "out"
+    assert main(["--config", file]) == main(["--config", file]) == 0
+    assert not list(out.glob("export-*")) and "export-earlier" not in capsys.readouterr().out
+    (out / "export" / "README.md").write_text("mine")
+    assert main(["--config", file]) == 0
+    assert (out / "export-earlier-1" / "README.md").read_text() == "mine" and (out / "export" / "plan.json").is_file()
+    assert "export-earlier-1" in capsys.readouterr().out
+
+
+def test_a_new_run_does_not_begin_with_the_summary_of_another(tmp_path: Path) -> None:
+    file, out = str(config(tmp_path, **custom("blobs"))), tmp_path / "out"
+    assert main(["--config", file]) == 0
+    assert main(["--config", file, "--optimizer.lr", "1e30", "--optimizer.schedule", "constant"]) == 2
+    assert not (out / "summary.json").exists()
 
 
 def test_parts_of_a_batch_make_the_same_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -479,3 +512,11 @@ def test_models_with_numbers_of_other_kinds_train(tmp_path: Path, part: str) -> 
     """Complex parameters, for which torch has no fused optimizer, and an infinity in a buffer."""
     assert main(["--config", str(config(tmp_path, steps=4, **custom("wrong", part=part)))]) == 0
     assert math.isfinite(json.loads((tmp_path / "out" / "summary.json").read_text())["exported"]["loss"])
+
+
+def test_the_llama_that_is_shipped_fits_the_card_it_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("What is measured is known. " * 4000)
+    words = ["--config", str(ROOT / "configs" / "llama_from_scratch.yaml"), "--task.data", str(tmp_path / "text.txt")]
+    words += ["--task.val_fraction", "0.5", "--out", str(tmp_path / "out")]
+    assert main([*words, "--dry-run"]) == 0
+    assert re.search(r"device +fits: \d+\.\d GiB of 24.0 GiB, memory.device \(24GiB\)", capsys.readouterr().out)

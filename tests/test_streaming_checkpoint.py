@@ -345,3 +345,11 @@ def test_saving_a_step_again_never_leaves_neither(store: CheckpointStore, monkey
     monkeypatch.undo()
     newest = store.newest()
     assert newest is not None and newest.meta["step"] == 20
+
+
+def test_a_folder_renamed_to_another_step_is_damaged(store: CheckpointStore):
+    store.folder.joinpath("step-00000020").rename(store.folder / "step-00000023")
+    newest = store.newest()
+    assert newest is not None and newest.meta["step"] == 10
+    with pytest.raises(UserError, match=r"step-00000023/checkpoint.json is damaged \(it is of step 20\)"):
+        find_checkpoint(store.folder / "step-00000023")

@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if accelerator.num_processes > 1:
             raise UserError(f"bench.py measures one process; {accelerator.num_processes} were started")
         run(options, Setting(accelerator, quick=options.quick))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0

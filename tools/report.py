@@ -50,16 +50,19 @@ class Run:
 
 def read(folder: Path) -> Run:
     """Raises `UserError` where there is nothing to show. A last line that a killed run has half written is left out."""
-    file = folder / "metrics.jsonl"
+    file, summary = folder / "metrics.jsonl", folder / "summary.json"
     try:
-        whole = file.read_text().rpartition("\n")[0]
-        summary = folder / "summary.json"
-        found = json.loads(summary.read_text()) if summary.exists() else {}
-        records = [json.loads(line) for line in whole.splitlines()]
-        if not all(isinstance(record, dict) and "step" in record for record in records):
+        records = [json.loads(line) for line in file.read_text().rpartition("\n")[0].splitlines()]
+        if not all(isinstance(record, dict) and type(record.get("step")) is int for record in records):
             raise ValueError("a line is no record of a step")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"report: {file} cannot be read as a run's metrics: {error}") from error
+    try:
+        found = json.loads(summary.read_text()) if summary.exists() else {}
+        if not isinstance(found, dict):
+            raise ValueError("it is no summary of a run")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"report: {summary} cannot be read: {error}") from error
     if not records:
         raise UserError(f"report: {file} holds no record yet: the run has logged nothing")
     return Run(folder.name if folder.name not in ("", ".") else folder.resolve().name, records, found)
@@ -82,7 +85,7 @@ def overview(runs: Sequence[Run]) -> Iterator[str]:
     for run in runs:
         exported = run.summary.get("exported", {})
         _, loss = run.series("loss")
-        metrics = ", ".join(f"{name} {value:.4g}" for name, value in exported.items() if name != "parameters")
+        metrics = ", ".join(f"{name} {number(value)}" for name, value in exported.items() if name != "parameters")
         rows.append(
             (
                 run.name,
@@ -95,6 +98,11 @@ def overview(runs: Sequence[Run]) -> Iterator[str]:
             )
         )
     yield table(("run", "steps", "training loss", "export", "parameters", "of the master", "training"), rows)
+
+
+def number(value: float | None) -> str:
+    """None: what is not finite."""
+    return "–" if value is None else f"{value:.4g}"
 
 
 def losses(runs: Sequence[Run]) -> Iterator[str]:
@@ -223,6 +231,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         file.write_text(text)
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
+        return 2
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        print(f"report: what a run left is damaged: {error!r}", file=sys.stderr)
         return 2
     print(file)
     return 0

@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{record.case}: {record.value:.4g} {record.unit}, {record.ratio:.3g} × {record.against}", flush=True)
         here = setting.machine[0]
         part.draw([r for r in read_records(options.json) if r["device"] == here], options.picture)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     Console().print(table(records))

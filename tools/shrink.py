@@ -75,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.json:
             read_records(options.json)
+        if options.picture and not options.picture.parent.is_dir():
+            raise UserError(f"--picture {options.picture} cannot be written: its folder must be there")
         results: dict[tuple[str, int], dict[str, Any]] = {}
         for seed in options.seeds:
             for name in options.contenders:
@@ -85,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             merge(options.json, records)
         if options.picture:
             draw(results, options.picture, options.clock)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     Console().print(table(records))

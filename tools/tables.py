@@ -1,4 +1,7 @@
-"""Write README's tables of measurements from the results files: `python tools/tables.py` (`--check`: only compare)."""
+"""Write the tables of README.md and tools/results/README.md from the results files: `python tools/tables.py`.
+
+`--check`: only compare.
+"""
 
 import json
 import sys
@@ -49,7 +52,7 @@ def lines(records: Records) -> Iterator[str]:
         yield from LAYOUTS.get(name, ratios)(chosen)
         yield ""
         if name in PARTS and (RESULTS / f"{name}.svg").exists():
-            yield f"![{name}](tools/results/{name}.svg)"
+            yield f"![{name}]({name}.svg)"
             yield ""
         yield "</details>"
         yield ""
@@ -174,21 +177,34 @@ LAYOUTS: dict[str, Callable[[Records], Iterator[str]]] = {
 }
 
 
-PARTS_OF_README: dict[str, Callable[[Records], Iterator[str]]] = {"aims": aims, "results": lines}
-"""Between comments of these names."""
+def of(name: str, without: str = "") -> Callable[[Records], Iterator[str]]:
+    """The table of one benchmark, of all devices. without: cases with these words are left out."""
+
+    def chosen(records: Records) -> Iterator[str]:
+        yield from LAYOUTS[name]([r for r in records if r["name"] == name and not (without and without in r["case"])])
+
+    return chosen
+
+
+PAGES: dict[Path, dict[str, Callable[[Records], Iterator[str]]]] = {
+    ROOT / "README.md": {"aims": aims, "storage": of("storage"), "frontier": of("frontier", "at a rate of")},
+    RESULTS / "README.md": {"results": lines},
+}
+"""Each table stands between comments of its name."""
 
 
 def main() -> int:
-    readme, records = ROOT / "README.md", every()
-    new = text = readme.read_text()
-    for name, part in PARTS_OF_README.items():
-        begin, end = f"<!-- {name}: tools/tables.py -->\n", f"<!-- /{name} -->\n"
-        before, rest = new.split(begin)
-        new = before + begin + "\n" + "".join(f"{line}\n" for line in part(records)) + end + rest.split(end)[1]
-    if "--check" in sys.argv[1:]:
-        return int(new != text)
-    readme.write_text(new)
-    return 0
+    records, fresh = every(), True
+    for page, parts in PAGES.items():
+        new = text = page.read_text()
+        for name, part in parts.items():
+            begin, end = f"<!-- {name}: tools/tables.py -->\n", f"<!-- /{name} -->\n"
+            before, rest = new.split(begin)
+            new = before + begin + "\n" + "".join(f"{line}\n" for line in part(records)) + end + rest.split(end)[1]
+        fresh = fresh and new == text
+        if "--check" not in sys.argv[1:]:
+            page.write_text(new)
+    return 0 if fresh or "--check" not in sys.argv[1:] else 1
 
 
 if __name__ == "__main__":

@@ -264,9 +264,10 @@ class Config(Section):
                 f"memory.cuda_graphs (true) needs micro_batches ({self.micro_batches}) to be 1: a second backward pass"
                 " would overwrite the gradients of the first"
             )
-        if self.structure.sampler == "bernoulli" and self.memory.compile:
-            raise ValueError(
-                "memory.compile (true) needs structure.sampler (bernoulli) to be fixed:"
-                " a compiled subnet cannot change its widths"
-            )
+        for key, value, other in (("sampler", "bernoulli", "fixed"), ("budget", "global", "per_group")):
+            if getattr(self.structure, key) == value and self.memory.compile:
+                raise ValueError(
+                    f"memory.compile (true) needs structure.{key} ({value}) to be {other}:"
+                    " a compiled subnet cannot change its widths"
+                )
         return self

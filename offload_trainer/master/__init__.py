@@ -1,6 +1,6 @@
 """The full-size parameters, buffers and optimizer state in host memory, their checkpoints, and the ledger."""
 
-from offload_trainer.master.checkpoint import Checkpoint, CheckpointStore, find_checkpoint, whole_folder
+from offload_trainer.master.checkpoint import Checkpoint, CheckpointStore, find_checkpoint, set_aside, whole_folder
 from offload_trainer.master.ledger import Ledger, Phase
 from offload_trainer.master.master import Master
 from offload_trainer.master.moments import StateLayout, probe_optimizer, trained_dtype
@@ -19,6 +19,7 @@ __all__ = [
     "StateLayout",
     "find_checkpoint",
     "probe_optimizer",
+    "set_aside",
     "trained_dtype",
     "whole_folder",
 ]

@@ -23,6 +23,7 @@ from offload_trainer.master.ledger import readable
 
 META = "checkpoint.json"
 FORMAT = 5
+_FOLDER = r"step-\d{8,}"
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,7 @@ class CheckpointStore:
         later = [path for path in self._folders() if _step(path) > step]
         if not later:
             return None
-        number, folder = 1, followed(self.folder)  # on the disk they are on, or they could not be renamed
-        while (aside := folder.with_name(f"{folder.name}-earlier-{number}")).exists():
-            number += 1
+        aside = _aside(followed(self.folder))  # on the disk they are on, or they could not be renamed
         try:
             aside.mkdir()
             for path in later:
@@ -136,7 +135,7 @@ class CheckpointStore:
     def _folders(self) -> list[Path]:
         if not self.folder.is_dir():
             return []
-        return sorted((p for p in self.folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name)), key=_step)
+        return sorted((p for p in self.folder.iterdir() if re.fullmatch(_FOLDER, p.name)), key=_step)
 
 
 def _step(path: Path) -> int:
@@ -153,7 +152,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if outer["crc32"] != _crc(content):
             raise ValueError("its checksum does not fit")
         files: dict[str, dict[str, int]] = content["files"]
-    except (ValueError, KeyError, TypeError) as error:
+        if re.fullmatch(_FOLDER, path.name) and _step(path) != content.get("step", _step(path)):
+            raise ValueError(f"it is of step {content['step']}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"resume: {path / META} is damaged ({error})") from error
     if content.get("format") != FORMAT:
         raise UserError(f"resume: {path} has format {content.get('format')}, this version reads format {FORMAT}")
@@ -214,6 +215,26 @@ def whole_folder(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
         raise
+
+
+def set_aside(path: Path, new: Path) -> Path | None:
+    """Before `new` takes the place of a folder: if that holds files that `new` does not, other than weights, it is
+    renamed, for somebody may have put them there. Returns what it is called now."""
+    place = followed(path)
+    kept = {file.name for file in place.iterdir()} - {file.name for file in new.iterdir()} if place.is_dir() else ()
+    if all(name.endswith((".safetensors", ".safetensors.index.json")) for name in kept):
+        return None
+    aside = _aside(place)
+    os.replace(place, aside)
+    return aside
+
+
+def _aside(folder: Path) -> Path:
+    """The first free name of those for what an earlier run left."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}-earlier-{number}")).exists():
+        number += 1
+    return aside
 
 
 def followed(path: Path) -> Path:
