@@ -56,7 +56,7 @@ class ImageClassification(Section):
     limit: Count | None = None
     """Only the first so many images, for quick runs; null: all."""
     workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that decode images; 0: none beside the training process."""
+    """Threads that decode images; 0: none beside the training thread. Every rank decodes the whole batch of a step."""
 
 
 class Custom(Section):

@@ -97,7 +97,7 @@ class TrainedSubnet(Subnet):
         return tuple(self._layout.moments) if self._carry else ()
 
     def kinds_of(self, what: str) -> list[Layout]:
-        """Of "weights" (with the buffers), or of a moment."""
+        """The layouts of the slabs of "weights" (with the buffers), or of a moment by its name."""
         if what == "weights":
             return self.kinds
         entries = {name: (parameter.dtype, parameter.shape) for name, parameter in self.parameters.items()}
@@ -105,7 +105,7 @@ class TrainedSubnet(Subnet):
         return layouts(self._layout.entries(what, entries), stored)
 
     def slabs_of(self, what: str) -> list[Slab]:
-        """Likewise."""
+        """The slabs of "weights" (with the buffers), or of a moment by its name; made where there were none."""
         if what == "weights":
             return self.slabs
         if what not in self._moments:

@@ -43,7 +43,7 @@ class Ahead:
 
 
 class Swap:
-    """Of the subnets on one device.
+    """Hands one round over to the next, for the two subnets on one device.
 
     in_place: the trained subnet's tensors stay where they are, since CUDA graphs read them there, or since nothing is
         won by it; otherwise they change places with the reference's, and the next round need not wait until they left.

@@ -13,6 +13,7 @@ between rounds the device holds what the master holds.
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from threading import Lock
 from time import perf_counter
 
 import torch
@@ -99,7 +100,7 @@ class Transfer:
         self._staging: dict[tuple, Slab] = {}
         self._down = Lane(device)
         self._held: list[tuple[Mark, Mark]] = []
-        self.work = Work()
+        self.work, self._lock = Work(), Lock()
 
     @property
     def staging_bytes(self) -> int:
@@ -134,7 +135,7 @@ class Transfer:
         self._took("link", start)
 
     def _wait(self) -> None:
-        """For what is under way."""
+        """The host waits for the copies that are under way."""
         start = perf_counter()
         Mark(self._device).wait()
         self._took("link", start)
@@ -195,7 +196,8 @@ class Transfer:
         self._held.append((before, Mark(self._device, timed=True)))
 
     def told(self) -> None:
-        """Once the round's last kernels have been waited for."""
+        """Add to `work` how long training was held (`hold`); the host waits for the device to have passed those places,
+        so this is for the end of a round, which it waits for anyway."""
         for before, after in self._held:
             after.wait()
             self.work.waited += after.seconds_since(before)
@@ -213,9 +215,10 @@ class Transfer:
 
     def _took(self, step: str, start: float) -> None:
         seconds = perf_counter() - start
-        setattr(self.work, step, getattr(self.work, step) + seconds)
-        if not in_background():
-            self.work.waited += seconds
+        with self._lock:  # both threads add to them
+            setattr(self.work, step, getattr(self.work, step) + seconds)
+            if not in_background():
+                self.work.waited += seconds
 
     def staging(self, kinds: Iterable[Layout], slabs: Iterable[Slab], use: str) -> list[Slab]:
         """Pinned slabs of these layouts, kept while shapes stay the same; a slab of `slabs` where it will do itself."""

@@ -133,7 +133,7 @@ class Workbench:
     @torch.no_grad()
     def leave(self, steps: int, round: int) -> None:
         """The values of a round, of this number and of `steps` steps, leave for staging; after `wait`. The host waits
-        for nothing, unless the master is narrower (`is_ordinary`).
+        for the round's steps (an optimizer's step count, `told`), not for what leaves.
 
         `end` follows, or `clear` if they are not to reach the master.
         """
