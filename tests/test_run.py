@@ -419,7 +419,7 @@ def test_every_shipped_config_runs_at_reduced_size(tmp_path: Path, name: str) ->
     file = str(ROOT / "configs" / f"{name}.yaml")
     small = ["--steps", "4", "--sync_every", "2", "--structure.paired_batches", "1", "--task.batch_size", "4"]
     small += ["--structure.result_batches", "1", "--out", str(tmp_path / "out"), "--optimizer.warmup_steps", "1"]
-    small += ["--track.log_every", "1", "--memory.compile", "false"]
+    small += ["--track.log_every", "1", "--memory.compile", "false", "--micro_batches", "1"]
     if parse(["--config", file]).task.kind == "image_classification":
         size = 64 if "imagenet" in name else 32
         small += ["--task.data", str(images(tmp_path / "images", size)), "--task.image_size", str(size)]
