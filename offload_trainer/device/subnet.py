@@ -130,11 +130,13 @@ class TrainedSubnet(Subnet):
             return  # the first round
         views: dict[str, dict[str, Tensor]] = {}
         for moment in self.moments:
+            corrected: list[Tensor] = []
             for slab in self.slabs_of(moment):
                 for name in slab:
-                    if self._mixed(name):
-                        slab[name].mul_(self._layout.correction(moment, clock))
                     views.setdefault(name, {})[moment] = slab[name]
+                    corrected += [slab[name]] if self._mixed(name) else []
+            if corrected:
+                torch._foreach_mul_(corrected, self._layout.correction(moment, clock))
         for name, parameter in self.parameters.items():
             scalars = self._master.scalars.get(name)
             if scalars is None:  # it has never had a gradient
@@ -151,6 +153,7 @@ class TrainedSubnet(Subnet):
         states = {name: self.optimizer.state[p] for name, p in self.parameters.items() if self.optimizer.state[p]}
         self._master.scalars.update(read_scalars(states.items(), self._layout))
         for moment in self.moments:
+            by_correction: dict[float, list[Tensor]] = {}  # one, unless some parameters got no gradient at times
             for slab in self.slabs_of(moment):
                 for name in slab.keys() & states.keys():
                     live: Tensor = states[name][moment]
@@ -159,13 +162,23 @@ class TrainedSubnet(Subnet):
                         states[name][moment] = slab[name]
                     if self._mixed(name):
                         step = self._master.scalars[name].get("step", 0.0)
-                        slab[name].div_(self._layout.correction(moment, step))
+                        by_correction.setdefault(self._layout.correction(moment, step), []).append(slab[name])
+            for correction, tensors in by_correction.items():
+                torch._foreach_div_(tensors, correction)
 
     def is_finite(self) -> Tensor:  # (), bool, on the device
-        """Whether every parameter and every moment is finite."""
+        """Whether every parameter and every moment is finite: told by the sums of their absolute values, a kernel for
+        many tensors, of which one for each would keep the host busy for milliseconds."""
         states = [value for state in self.optimizer.state.values() for value in state.values()]
         moments = [value for value in states if isinstance(value, Tensor) and value.ndim]
-        return torch.stack([tensor.isfinite().all() for tensor in [*self.parameters.values(), *moments]]).all()
+        by_type: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in (*self.parameters.values(), *moments):
+            by_type.setdefault(tensor.dtype, []).append(tensor.detach())
+        sums: list[Tensor] = []
+        for dtype, tensors in by_type.items():
+            wide = {"dtype": torch.float32} if dtype == torch.float16 else {}  # where sums would overflow
+            sums += torch._foreach_norm(tensors, 1, **wide)
+        return torch.stack([one.isfinite() for one in sums]).all()
 
     def _mixed(self, name: str) -> bool:
         """Whether the parameter's entries may have been trained for different numbers of steps."""
