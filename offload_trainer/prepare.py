@@ -10,11 +10,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 
-from offload_trainer import planning, tasks
+from offload_trainer import tasks
 from offload_trainer.batches import batch_rows, pieces, shard
 from offload_trainer.config import Config, Custom
 from offload_trainer.config.base import size_in_bytes
-from offload_trainer.counting import Passes
 from offload_trainer.device import memory, ranks
 from offload_trainer.device.footprint import optimizer_cost
 from offload_trainer.device.link import probe_link
@@ -23,7 +22,11 @@ from offload_trainer.device.processes import transfer_threads
 from offload_trainer.errors import UserError
 from offload_trainer.evaluation import computing_narrow
 from offload_trainer.files.writing import require_savable
-from offload_trainer.forecast import Forecast
+from offload_trainer.forecast import fitting
+from offload_trainer.forecast.fitting import Decision
+from offload_trainer.forecast.passes import Passes
+from offload_trainer.forecast.predictor import Predictor
+from offload_trainer.forecast.show import Forecast
 from offload_trainer.groups import Groups, Plan, find_groups, read_rules, slice_module, verify_groups
 from offload_trainer.groups.slicing import named_tensors
 from offload_trainer.making import (
@@ -40,8 +43,6 @@ from offload_trainer.making import (
 )
 from offload_trainer.master import Checkpoint, Ledger, StateLayout, probe_optimizer, trained_dtype
 from offload_trainer.master.precision import FP32, TYPES, Precision
-from offload_trainer.planning import Decision
-from offload_trainer.predicting import Predictor
 from offload_trainer.randomness import put_back
 from offload_trainer.resuming import checkpoint_to_resume, require_resumable
 from offload_trainer.structure import Structure
@@ -103,10 +104,10 @@ def prepare(config: Config) -> Prepared:
     require_same_config(config, accelerator)
     require_graphs(config, accelerator)
     out = Path(config.out)
-    planning.require_writable(out, make=not config.dry_run)
+    fitting.require_writable(out, make=not config.dry_run)
     folder = master_folder(config)
     if folder is not None and (folder.exists() or config.memory.folder is not None):
-        planning.require_disk(folder)
+        fitting.require_disk(folder)
     # Here, where nothing is allocated yet, and before the process is measured: it loads a compiler's interface.
     choose_mover(config.memory.transfer, transfer_threads(accelerator.device, overlap=config.memory.overlap))
     set_seed(config.seed)
@@ -136,7 +137,7 @@ def prepare(config: Config) -> Prepared:
     export = export_note(config, task, groups)
     forecast = make_forecast(config, accelerator, predictor, decision, export)
     if not config.dry_run:
-        planning.require(forecast.verdicts)
+        fitting.require(forecast.verdicts)
     fits = all(verdict.fits for verdict in forecast.verdicts)
     if fits and config.structure.verify and structure.names:
         verify_groups(task.model, groups, task.example_inputs)
@@ -249,16 +250,16 @@ def decide_keep(config: Config, accelerator: Accelerator, groups: Groups, predic
 
     asked = config.memory.device
     size = None if asked in (None, "auto") else size_in_bytes(asked)
-    room = planning.device_room(accelerator.device, asked, size)
+    room = fitting.device_room(accelerator.device, asked, size)
     if asked is None or section.keep is not None or not section.uses_keep:
-        return planning.check_keep(ledger_at, section.share, room, adjustable=section.uses_keep)
+        return fitting.check_keep(ledger_at, section.share, room, adjustable=section.uses_keep)
     if section.schedule == "cubic":
         raise UserError(
             f"structure.keep (null) must be given with structure.schedule (cubic): what memory.device ({asked}) must "
             f"hold is decided by structure.start_keep ({section.start_keep:g})"
         )
     assert room is not None
-    decision = planning.choose_keep(ledger_at, room)
+    decision = fitting.choose_keep(ledger_at, room)
     if decision.ledger.notes:
         raise UserError(f"memory.device ({asked}) cannot choose structure.keep: {decision.ledger.notes[0]}")
     # Each process looked at its own memory.
@@ -271,8 +272,8 @@ def make_forecast(
     out = Path(config.out)
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     verdicts = [
-        planning.host_verdict(decision.ledger, planning.host_room(), predictor.savings()),
-        *planning.disk_verdicts(decision.ledger, there, config.out, master_folder(config)),
+        fitting.host_verdict(decision.ledger, fitting.host_room(), predictor.savings()),
+        *fitting.disk_verdicts(decision.ledger, there, config.out, master_folder(config)),
     ]
     if decision.verdict is not None:
         verdicts.insert(1, decision.verdict)

@@ -6,13 +6,13 @@ import torch
 
 from offload_trainer.config import Config
 from offload_trainer.errors import UserError
-from offload_trainer.importance import importance
-from offload_trainer.initial import match_scale
+from offload_trainer.initial.importance import importance
+from offload_trainer.initial.scale import match_scale
+from offload_trainer.initial.standins import stand_in
 from offload_trainer.master.precision import not_finite
 from offload_trainer.monitor import Monitor
 from offload_trainer.offloader import Offloader
 from offload_trainer.prepare import Prepared
-from offload_trainer.standins import stand_in
 
 
 def start(config: Config, run: Prepared, offloader: Offloader, monitor: Monitor) -> None:

@@ -19,7 +19,7 @@ from offload_trainer.device import memory
 from offload_trainer.errors import UserError
 from offload_trainer.evaluation import evaluate, evaluate_full
 from offload_trainer.files.writing import sole_writer
-from offload_trainer.forecast import show_forecast
+from offload_trainer.forecast.show import show_forecast
 from offload_trainer.groups import Plan
 from offload_trainer.making import master_folder, resumable
 from offload_trainer.master import CheckpointStore, set_aside, whole_folder

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from offload_trainer import UserError, run
 from offload_trainer.groups import find_groups
 from offload_trainer.groups.readers import find_readers
-from offload_trainer.importance import importance
+from offload_trainer.initial.importance import importance
 from tests import models, runs
 
 

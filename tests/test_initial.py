@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from offload_trainer import Offloader, Structure, find_groups, run
-from offload_trainer.initial import match_scale
+from offload_trainer.initial.scale import match_scale
 from offload_trainer.tasks.vision_models import build_model, initialise
 from tests import models, runs
 

@@ -17,7 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from offload_trainer import Offloader, Structure, find_groups, verify_groups
 from offload_trainer.batches import batch_rows, pieces
-from offload_trainer.counting import Passes
 from offload_trainer.device import memory
 from offload_trainer.device.footprint import (
     LiveBytes,
@@ -27,11 +26,12 @@ from offload_trainer.device.footprint import (
     training_footprint,
 )
 from offload_trainer.evaluation import evaluate_full
+from offload_trainer.forecast.passes import Passes
+from offload_trainer.forecast.predictor import PROVED_WHOLE, Predictor
 from offload_trainer.groups import Groups, Plan, slice_module
 from offload_trainer.groups.slicing import named_tensors
 from offload_trainer.master import Ledger, Phase, StateLayout, probe_optimizer
 from offload_trainer.master.precision import FP32, Precision
-from offload_trainer.predicting import PROVED_WHOLE, Predictor
 from offload_trainer.result import recalibrate_master
 from offload_trainer.run import main
 from offload_trainer.structure import effects

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from offload_trainer import standins
-from offload_trainer.counting import Passes
 from offload_trainer.device import footprint, memory
 from offload_trainer.device.elements import CHUNK
 from offload_trainer.device.footprint import OptimizerCost
 from offload_trainer.device.link import PROBED
+from offload_trainer.forecast.passes import Passes
 from offload_trainer.groups import Plan
 from offload_trainer.groups.slicing import named_tensors
+from offload_trainer.initial import standins
 from offload_trainer.master.ledger import Ledger, Phase
 from offload_trainer.master.master import master_bytes
 from offload_trainer.master.moments import OptimizerFactory, StateLayout, trained_dtype

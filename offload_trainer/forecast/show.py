@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from offload_trainer.device.link import Link
+from offload_trainer.forecast.fitting import Verdict
 from offload_trainer.master.ledger import Ledger, readable
-from offload_trainer.planning import Verdict
 
 NAME, SIZE, BAR = 28, 10, 12
 """Characters of the columns, which fit a terminal of 80."""

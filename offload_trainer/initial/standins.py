@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from offload_trainer.groups import Groups, Plan
 from offload_trainer.groups.readers import Reader, find_readers
-from offload_trainer.importance import means_over_inputs
+from offload_trainer.initial.importance import means_over_inputs
 from offload_trainer.offloader import LossFn
 
 RIDGE = 0.1

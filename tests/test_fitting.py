@@ -8,13 +8,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from offload_trainer import planning
 from offload_trainer.config import parse
 from offload_trainer.device import memory
 from offload_trainer.device.link import Link, probe_link
-from offload_trainer.forecast import Forecast
+from offload_trainer.forecast import fitting
+from offload_trainer.forecast.fitting import DeviceRoom, Verdict, check_keep, choose_keep, largest_keep
+from offload_trainer.forecast.show import Forecast
 from offload_trainer.master.ledger import Ledger, Phase, readable
-from offload_trainer.planning import DeviceRoom, Verdict, check_keep, choose_keep, largest_keep
 from offload_trainer.prepare import prepare
 from offload_trainer.run import main
 from tests.runs import config, metrics
@@ -86,14 +86,14 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
 def test_on_a_cpu_auto_leaves_room_for_the_host_side(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "host_bytes", lambda: 10 * GIB)
     monkeypatch.setattr(memory, "host_available", lambda: 40 * GIB)
-    room = planning.device_room(torch.device("cpu"), "auto", None)
+    room = fitting.device_room(torch.device("cpu"), "auto", None)
     assert room is not None and room.with_host and room.size == int(0.92 * 50 * GIB)
     phase = Phase("training", {"process": 45 * GIB}, {"subnet": GIB})
     assert room.fits(Ledger((phase,), {}, {}, on_host=True))
     assert not room.fits(Ledger((Phase("training", {"process": 46 * GIB}, {"subnet": GIB}),), {}, {}, on_host=True))
-    assert planning.device_room(torch.device("cpu"), None, None) is None
+    assert fitting.device_room(torch.device("cpu"), None, None) is None
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert planning.host_room() == 20 * GIB
+    assert fitting.host_room() == 20 * GIB
 
 
 # Host and disk
@@ -101,14 +101,14 @@ def test_on_a_cpu_auto_leaves_room_for_the_host_side(monkeypatch: pytest.MonkeyP
 
 def test_a_host_that_is_too_small_is_told_what_would_save() -> None:
     phase = Phase("training", {"process": GIB, "master weights": 9 * GIB}, {"subnet": 5 * GIB})
-    verdict = planning.host_verdict(Ledger((phase,), {}, {}, on_host=False), 7 * GIB, {"memory.weights: bf16": 4 * GIB})
+    verdict = fitting.host_verdict(Ledger((phase,), {}, {}, on_host=False), 7 * GIB, {"memory.weights: bf16": 4 * GIB})
     assert verdict == Verdict(
         "host",
         False,
         "host memory: the run needs 10.0 GiB (master weights 9.0 GiB, process 1.0 GiB), 3.0 GiB more than the 7.0 GiB "
         "available: memory.weights: bf16 saves 4.0 GiB",
     )
-    shared = planning.host_verdict(Ledger((phase,), {}, {}, on_host=True), 7 * GIB, {})
+    shared = fitting.host_verdict(Ledger((phase,), {}, {}, on_host=True), 7 * GIB, {})
     assert "needs 15.0 GiB" in shared.text and shared.text.endswith(
         "a smaller structure.keep saves what the device's side holds"
     )
