@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +22,9 @@ from offload_trainer.groups import Groups, Plan, require_of
 from offload_trainer.master import FP32, Master, Precision, probe_optimizer, trained_dtype
 from offload_trainer.master.interrupts import undivided
 from offload_trainer.randomness import random_state, set_random_state
-from offload_trainer.rounds import Boundary, Round, RoundReport, Spent, Transfers, require_arguments
+from offload_trainer.rounds import Boundary, Round, require_arguments
 from offload_trainer.structure import Structure
+from offload_trainer.timing import RoundReport, Spent, Transfers
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -79,10 +80,11 @@ class Offloader:
         self._round: Round | None = None  # None between two rounds
         pin, sampled = self.device.type == "cuda", groups.sliced_by(structure.names)
         self._crediting = Crediting(model, groups, structure.credited, magnitude=structure.estimator == "magnitude")
-        self.mover = choose_mover(transfer, transfer_threads(self.device, overlap=overlap))
+        self.mover = mover = choose_mover(transfer, transfer_threads(self.device, overlap=overlap))
         self._master = Master(model, layout, materialise=materialise, pin=pin, precision=precision, folder=folder)
-        ways = {"sampled": sampled, "carry": state == "carry", "compile": compile, "overlap": overlap}
-        self._bench = Workbench(self._master, self.device, optimizer, layout, mover=self.mover, **ways)
+        self._bench = Workbench(
+            self._master, self.device, optimizer, layout, sampled=sampled, compile=compile, overlap=overlap, mover=mover
+        )
         self._boundary: Boundary | None = self._make_boundary()
 
     # What a training loop calls
@@ -133,7 +135,7 @@ class Offloader:
         if self._round is not None and self._round.steps:
             self._end_round(self._round)
         self._bench.wait()
-        self.transfers.end(self._bench.written.work)
+        self.transfers.end(self._bench.writeback.work)
 
     @property
     def between_rounds(self) -> bool:
@@ -225,16 +227,16 @@ class Offloader:
         Raises `RuntimeError` if a write-back was broken off: the master is then between two rounds for good.
         """
         self._bench.pipeline.drain()
-        if self._boundary is None or self._bench.broken:
+        if self._boundary is None or self._bench.writeback.broken:
             raise RuntimeError("a write-back was broken off: the master is not that of any step")
-        return self._boundary.with_numbers(delta_norm=self._bench.written.delta_norm)
+        return self._boundary.with_numbers(delta_norm=self._bench.writeback.delta_norm)
 
     def at_boundary(self, work: Callable[[Boundary], object]) -> None:
         """Between two rounds: do what needs the master as it is. Where rounds overlap, it goes on while the next one
         trains, whose end waits for it and raises what it raised."""
         boundary = self._boundary
         assert boundary is not None and self._round is None
-        self._bench.pipeline.do(lambda: work(boundary.with_numbers(delta_norm=self._bench.written.delta_norm)))
+        self._bench.pipeline.do(lambda: work(boundary.with_numbers(delta_norm=self._bench.writeback.delta_norm)))
 
     def load_boundary(self, boundary: Boundary) -> None:
         """Go on from a boundary; the master and its moments must hold what they held then."""
@@ -245,7 +247,7 @@ class Offloader:
         self.agenda.load_state_dict(numbers["agenda"])
         self.report = RoundReport(**numbers["report"])
         self._bench.clock, self._bench.trained = numbers["clock"], numbers["trained"]
-        self._bench.written = replace(self._bench.written, delta_norm=numbers["delta_norm"])
+        self._bench.writeback.delta_norm = numbers["delta_norm"]
         self._master.scalars = {name: dict(scalars) for name, scalars in numbers["scalars"].items()}
         self._structure.load_state_dict(dict(boundary.structure))
         set_random_state(boundary.random, self.device)
@@ -289,8 +291,8 @@ class Offloader:
             with undivided():  # an interrupt waits: half a write-back would be no state at all
                 self._boundary = None
                 with self.spent.on("writeback"):
-                    written = self._bench.end()
-                self.report = self.transfers.report(written.work, written.delta_norm, difference)
+                    work, delta_norm = self._bench.writeback.end()
+                self.report = self.transfers.report(work, delta_norm, difference)
                 self.agenda.end(subnet.plan, running.steps, self.steps, difference, credit)
                 self.rounds, self._round = self.rounds + 1, None
                 self._boundary = self._make_boundary()

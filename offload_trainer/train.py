@@ -29,9 +29,9 @@ from offload_trainer.offloader import Offloader
 from offload_trainer.prepare import Prepared, prepare
 from offload_trainer.randomness import put_back
 from offload_trainer.result import best_of, norms_of, recalibrate, recalibrate_master, save_export
-from offload_trainer.rounds import Meter
 from offload_trainer.starting import start
 from offload_trainer.stopping import stopping_together
+from offload_trainer.timing import Meter
 
 
 def train(config: Config) -> None:

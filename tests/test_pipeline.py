@@ -331,7 +331,7 @@ def test_training_waits_until_all_values_have_left(
         run(trainer, text(9))
         held.clear()
         trainer.begin_round()
-        left = trainer._bench._left
+        left = trainer._bench.writeback.left
         assert left.keys() == {"weights", *trainer.moments}
         assert len(set(left["weights"].values())) > 3
         assert held and {mark for marks in left.values() for mark in marks.values()} <= set(held)

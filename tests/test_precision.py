@@ -285,13 +285,13 @@ def test_a_round_rounds_what_the_plan_keeps_and_changes_no_bit_else(
             loss = trainer.loss(batches[-1])
             trainer.accelerator.backward(loss)
             after: dict[str, Tensor] = {}
-            end = trainer._bench.end
+            end = trainer._bench.writeback.end
 
             def remembering(*numbers: int, end: Any = end, after: Any = after, subnet: nn.Module = subnet) -> object:
                 after.update({name: tensor.detach().clone() for name, tensor in named_tensors(subnet).items()})
                 return end(*numbers)
 
-            monkeypatch.setattr(trainer._bench, "end", remembering)
+            monkeypatch.setattr(trainer._bench.writeback, "end", remembering)
             trainer.step()
             monkeypatch.undo()
             trainer.finish_round()
@@ -309,7 +309,7 @@ def test_a_round_rounds_what_the_plan_keeps_and_changes_no_bit_else(
                         if trained.is_floating_point():
                             old, new = gathered[name].flatten().double(), found.double()
                             norm += float((new - old).square().sum() - (new - exact.double()).square().sum())
-            assert trainer._bench.written.delta_norm == pytest.approx(norm**0.5, rel=1e-4)
+            assert trainer._bench.writeback.delta_norm == pytest.approx(norm**0.5, rel=1e-4)
         assert set(trainer.moments) == (
             set(trainer.optimizer.state_dict()["state"][0]) - {"step"} if state == "carry" else set()
         )

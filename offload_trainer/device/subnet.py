@@ -66,8 +66,8 @@ class Subnet:
 class TrainedSubnet(Subnet):
     """The subnet that is trained: a `Subnet` with an optimizer, made once for all plans of its shapes.
 
-    carry: the optimizer's moments are those of `slabs_of`; otherwise they start anew with every round. sampled: the
-    tensors that some plan slices.
+    layout: of the optimizer's state; the moments it has are those of `slabs_of`, all else starts anew with every round.
+    sampled: the tensors that some plan slices.
     """
 
     def __init__(
@@ -78,11 +78,10 @@ class TrainedSubnet(Subnet):
         factory: OptimizerFactory,
         layout: StateLayout,
         *,
-        carry: bool,
         sampled: frozenset[str],
     ):
         super().__init__(master, plan, device)
-        self._layout, self._carry, self._sampled = layout, carry, sampled
+        self._layout, self._sampled = layout, sampled
         named = dict(self.module.named_parameters())
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in named.items() if p.requires_grad}
         self.optimizer = factory(list(self.parameters.values()))
@@ -94,7 +93,7 @@ class TrainedSubnet(Subnet):
     @property
     def moments(self) -> tuple[str, ...]:
         """Names of those that come and go with the weights."""
-        return tuple(self._layout.moments) if self._carry else ()
+        return tuple(self._layout.moments)
 
     def kinds_of(self, what: str) -> list[Layout]:
         """The layouts of the slabs of "weights" (with the buffers), or of a moment by its name."""
@@ -123,7 +122,7 @@ class TrainedSubnet(Subnet):
 
         clock: steps that the moments of parameters count whose entries differ in age.
         """
-        if not self._carry:
+        if not self._layout.carried:
             self.optimizer.state.clear()
             return
         if not self._master.scalars:
@@ -148,7 +147,7 @@ class TrainedSubnet(Subnet):
 
     def end(self) -> None:
         """End a round: moments as the master is to have them in the slabs, the optimizer's numbers in the master."""
-        if not self._carry:
+        if not self._layout.carried:
             return
         states = {name: self.optimizer.state[p] for name, p in self.parameters.items() if self.optimizer.state[p]}
         self._master.scalars.update(read_scalars(states.items(), self._layout))

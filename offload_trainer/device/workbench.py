@@ -5,9 +5,8 @@ as well, weights only, and is the reference. The one after that is gathered on t
 next round's moments (see swap.py for what happens between two rounds).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
 from typing import Any, Literal
@@ -19,10 +18,10 @@ from offload_trainer.device import memory
 from offload_trainer.device.movers import Mover
 from offload_trainer.device.pipeline import Pipeline, in_background
 from offload_trainer.device.processes import transfer_threads
-from offload_trainer.device.streams import Mark, hold_all
 from offload_trainer.device.subnet import Subnet, TrainedSubnet
 from offload_trainer.device.swap import Ahead, Swap
-from offload_trainer.device.transfer import Transfer, Unloading, Work, limited
+from offload_trainer.device.transfer import Transfer, limited
+from offload_trainer.device.writeback import WriteBack
 from offload_trainer.groups.plan import Plan
 from offload_trainer.master import Master, Slab
 from offload_trainer.master.interrupts import undivided
@@ -32,21 +31,10 @@ from offload_trainer.randomness import random_state, set_random_state
 Compile = bool | Literal["graphs"]
 
 
-@dataclass(frozen=True)
-class Written:
-    """A write-back that has come to its end."""
-
-    delta_norm: float = 0.0
-    """Of what it changed in the master."""
-    work: Work = field(default_factory=Work)
-    """Of all transfers until then."""
-
-
 class Workbench:
     """Puts plans on the device and their results back. Tensors are reused in place while plans keep their shapes.
 
     sampled: the tensors that some plan slices, so that their entries differ in age.
-    carry: the optimizer's moments come and go with the weights; else they start anew with every round.
     overlap: transfers go on while a round trains, as far as plans keep their shapes and are known ahead.
     """
 
@@ -58,20 +46,17 @@ class Workbench:
         layout: StateLayout,
         *,
         sampled: frozenset[str],
-        carry: bool,
         compile: Compile,
         overlap: bool,
         mover: Mover,
     ):
         self._master, self._device, self._overlap = master, device, overlap
         self._layout, self._sampled, self.compile = layout, sampled, compile
-        ways = {"factory": factory, "layout": layout, "carry": carry, "sampled": sampled}
-        self._new_subnet = partial(TrainedSubnet, device=device, **ways)
+        self._new_subnet = partial(TrainedSubnet, device=device, factory=factory, layout=layout, sampled=sampled)
         self.transfer = Transfer(device, overlap=overlap, mover=mover)
         self._swap = Swap(self.transfer, device, in_place=compile == "graphs" or device.type == "cpu")
-        self._left: dict[str, Mapping[str, Mark]] = {}
-        """When the values of the round that ended last have left the device: "weights" and moments, by tensor."""
         self.pipeline = Pipeline(overlap=overlap, threads=transfer_threads(device, overlap=overlap))
+        self.writeback = WriteBack(master, self.transfer, self.pipeline, overlap=overlap)
         self._subnet: TrainedSubnet | None = None
         self._reference: Subnet | None = None
         self._waiting: Plan | None = None
@@ -80,19 +65,12 @@ class Workbench:
         """For the next two rounds."""
         self._ready: Plan | None = None
         """Of which the subnet holds what the master holds, between two rounds."""
-        self._leaving: Iterable[tuple[str, Unloading]] = ()
         self.forward: Any = None
         """The subnet's module as it is called: compiled where that was asked for."""
         self.clock = 0
         """Steps of the moments of entries of mixed age (see master/moments.py)."""
         self.trained = ""
         """Digest of the plan trained last: a plan that is trained twice running keeps its clock."""
-        self._squared = 0.0
-        """Σ (new − old)² of the weights that were merged last."""
-        self.written = Written()
-        """The last write-back that came to its end."""
-        self.broken = False
-        """A write-back was begun and has not come to its end."""
 
     @property
     def subnet(self) -> TrainedSubnet:
@@ -113,7 +91,7 @@ class Workbench:
         if ahead is not None and ahead.plan == plan:
             assert self._reference is not None and self._reference.plan == plan
             with undivided():
-                self._swap.do(self.subnet, self._reference, ahead, self._left, self.clock)
+                self._swap.do(self.subnet, self._reference, ahead, self.writeback.left, self.clock)
         else:
             ahead = None
             self._rest()
@@ -135,38 +113,14 @@ class Workbench:
         """The values of a round, of this number and of `steps` steps, leave for staging; after `wait`. The host waits
         for the round's steps (an optimizer's step count, `told`), not for what leaves.
 
-        `end` follows, or `clear` if they are not to reach the master.
+        `writeback.end` follows, or `clear` if they are not to reach the master.
         """
-        subnet, rounding = self.subnet, self._master.precision.rounding
-        subnet.reattach()
-        subnet.end()
+        self.subnet.reattach()
+        self.subnet.end()
         self.transfer.told()
         self.clock += steps
-        self._left = {}
-
-        def unloading() -> Iterator[tuple[str, Unloading]]:
-            for what in ("weights", *subnet.moments):
-                slabs, kinds = subnet.slabs_of(what), subnet.kinds_of(what)
-                staged = self.transfer.staging(kinds, slabs, what)
-                one = self.transfer.unload(slabs, staged, rounding(round, what))
-                self._left[what] = one.left
-                yield what, one
-
-        # Where nothing overlaps all share one staging, so each leaves when the one before is in the master.
-        self._leaving = list(unloading()) if self._overlap else unloading()
-        self._ready = subnet.plan
-
-    def end(self) -> Written:
-        """What has left → master, where it is once the pipeline is done.
-
-        Returns how the newest write-back went that has come to its end: this one or, where rounds overlap, the last.
-        """
-        before, self.broken = self.written, True
-        for what, unloading in self._leaving:
-            self.pipeline.do(partial(self._merge, what, unloading, self.subnet.plan))
-        self.pipeline.do(self._ended)
-        self._leaving = ()
-        return before if self._overlap else self.written
+        self.writeback.leave(self.subnet, round)
+        self._ready = self.subnet.plan
 
     def step(self) -> None:
         """An optimizer step of the subnet, for which its moments must have arrived."""
@@ -230,9 +184,7 @@ class Workbench:
     def _rest(self) -> None:
         """Training waits until nothing crosses the link; the host does not. Before memory there is used for more."""
         self._swap.hold("weights", "moments")
-        for left in self._left.values():
-            hold_all(left)
-        self._left = {}
+        self.writeback.hold()
 
     def _take_reference(self, plan: Plan | None) -> None:
         self._rest()
@@ -269,24 +221,13 @@ class Workbench:
         self.transfer.gather(self._master.tensors, map(Slab.whole, staged["weights"]), later)
         return ahead
 
-    def _merge(self, what: str, leaving: Unloading, plan: Plan) -> None:
-        if what == "weights":
-            squared = self.transfer.merge(leaving.parts, self._master.tensors, plan, delta=True)
-            # Of rounded values: an unbiased estimate, less what rounding adds to it in expectation.
-            self._squared = max(0.0, squared - leaving.excess())
-        else:
-            self.transfer.merge(leaving.parts, self._master.moments[what], plan)
-
-    def _ended(self) -> None:
-        self.written, self.broken = Written(self._squared**0.5, replace(self.transfer.work)), False
-
     def clear(self) -> None:
         """Forget what is on the device."""
         self.pipeline.drain()
         memory.synchronize(self._device)  # what crosses the link may be on its way
         self._subnet = self._reference = self.forward = None
         self._waiting = self._ahead = self._ready = None
-        self._leaving, self._left = (), {}
+        self.writeback.give_up()
 
     def close(self) -> None:
         self.pipeline.close()

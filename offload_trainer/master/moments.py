@@ -39,6 +39,11 @@ class StateLayout:
     """Name of a moment → what entries that were never trained hold, where that is not 0."""
 
     @property
+    def carried(self) -> bool:
+        """Whether any of it comes and goes with the weights; else it starts anew with every round."""
+        return bool(self.moments or self.scalars)
+
+    @property
     def corrected(self) -> bool:
         """Whether the moments are divided by 1 − βᵗ at every step."""
         return self.betas is not None and "step" in self.scalars and "exp_avg" in self.moments
