@@ -228,7 +228,6 @@ def make_predictor(
         varying=structure.sampler == "bernoulli" or structure.budget == "global",
         mapped=config.memory.master == "file",
         overlap=config.memory.overlap,
-        follows=structure.reference == "next",
         credits=structure.control == "linear" or structure.estimator in SCORES,
         # A new one is written before the oldest is removed.
         checkpoints=min(keep_last + 1, config.steps // every + 1 if every else 1),
@@ -242,11 +241,12 @@ def decide_keep(config: Config, accelerator: Accelerator, groups: Groups, predic
 
     def ledger_at(keep: float) -> Ledger:
         structure = make_structure(with_keep(config, keep), groups)
-        ahead = config.memory.overlap and section.reference == "next" and structure.constant_widths
         # Beside the subnet that is trained, the device holds the one it is compared with, or that waits for its turn.
+        ahead = config.memory.overlap and section.reference == "next" and not predictor.varying
         reference = bool(structure.names) and section.settle < 1 and (structure.compares or ahead)
         sampled = groups.sliced_by(structure.names)
-        return predictor.ledger(Plan(groups, structure.top()), reference=reference, sampled=sampled)
+        plan = Plan(groups, structure.top())
+        return predictor.ledger(plan, reference=reference, ahead=reference and ahead, sampled=sampled)
 
     asked = config.memory.device
     size = None if asked in (None, "auto") else size_in_bytes(asked)

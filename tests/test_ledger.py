@@ -307,8 +307,8 @@ def test_master_link_and_staging_are_what_the_offloader_takes(name: str, precisi
     case = CASES[name]()
     model, batch, inputs, loss_fn = case
     groups, plan = half(model, inputs)
-    told = replace(predictor(case, groups, adamw, True, precision), overlap=overlap, follows=True)
-    ledger = told.ledger(plan, reference=True, sampled=sliced(plan))
+    told = replace(predictor(case, groups, adamw, True, precision), overlap=overlap)
+    ledger = told.ledger(plan, reference=True, sampled=sliced(plan), ahead=overlap)
     structure = Structure(groups, 0.5, paired_batches=1)
     with Offloader(
         model,

@@ -63,8 +63,6 @@ class Predictor:
     """Whether the master lies in mapped files. What is resident of those counts nothing: it makes room when needed."""
     overlap: bool = False
     """Whether transfers go on while a round trains."""
-    follows: bool = False
-    """Whether the reference is the subnet that is trained next."""
     credits: bool = False
     """Whether gradients are multiplied with the weights before a step, one parameter after the other."""
     checkpoints: int = 1
@@ -72,13 +70,13 @@ class Predictor:
     exports_full: bool = False
     """Whether the full master is exported too."""
 
-    def ledger(self, plan: Plan, *, reference: bool, sampled: frozenset[str]) -> Ledger:
+    def ledger(self, plan: Plan, *, reference: bool, sampled: frozenset[str], ahead: bool = False) -> Ledger:
         """Of a run whose plans are as large as `plan`.
 
-        reference: a second subnet is held for the paired batches. sampled: the tensors that some plan slices.
+        reference: a second subnet is held beside the one that is trained. ahead: it is trained next, so that rounds
+        overlap. sampled: the tensors that some plan slices.
         """
         sizes = Sizes(self.passes.model, self.layout, self.passes.precision, plan, sampled)
-        ahead = reference and self.overlap and self.follows and not self.varying
         host, held = self._host(sizes, ahead), self._held(sizes, reference)
         small = held | {"exported subnet": self.candidates * sizes.weights}
         moved = host | _if_any({"subnet in transit": 0 if self._on_host else sizes.weights})
