@@ -57,9 +57,23 @@ class Agenda:
                 return Entry(self.top())
             plan, other = self._plans(self._structure.pair())
             return Entry(plan, other if compared else None)
-        plan, following = self._plans(self._structure.follow())
-        self._follows = True
+        plan, following = self._follow()
         return Entry(self.top() if first else plan, following if compared else None, following)
+
+    def foresee(self, plan: Plan, later: Plan) -> Entry | None:
+        """The round after the running one, before that has come to its end: of the plans that were drawn for it. None
+        if its plan is another one."""
+        return None if self.settled else Entry(plan, later if self._structure.compares else None, later)
+
+    def catch_up(self, step: int) -> None:
+        """A round that was foreseen began at optimizer step `step`, and the one before it has come to its end now."""
+        self._structure.set_step(step)
+        self._follow()
+
+    def _follow(self) -> list[Plan]:
+        plans = self._plans(self._structure.follow())
+        self._follows = True
+        return plans
 
     def look_ahead(self) -> Plan | None:
         """The plan after that of the next round, if that is known. Once a round."""

@@ -10,8 +10,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from offload_trainer.device import ranks
+from offload_trainer.device.streams import Reading
 from offload_trainer.device.workbench import Compile
 from offload_trainer.errors import NotFinite, UserError
+from offload_trainer.groups import Plan
 
 
 def require_arguments(
@@ -43,6 +45,7 @@ class Round:
     losses: list[Tensor] = field(default_factory=list)
     differences: list[Tensor] = field(default_factory=list)
     """L(m) − L(m′) of each paired batch."""
+    _shown: Reading | None = None
 
     def add_loss(self, loss: Tensor) -> None:
         """Of a batch, or of the next part of one. Raises `UserError` for a part where there may be none."""
@@ -69,24 +72,31 @@ class Round:
         if all(parameter.grad is None for parameter in parameters.values()):
             raise RuntimeError("step() follows loss() and a backward pass: no parameter of the subnet has a gradient")
 
-    def outcome(
-        self, accelerator: Accelerator, weights: Tensor, credit: Mapping[str, Tensor] | None, steps: int, rounds: int
-    ) -> float | None:
-        """d: mean over the paired batches and the ranks of L(m) − L(m′); None if there were none. The host waits for
-        the device here.
+    def end(self, accelerator: Accelerator, finite: Tensor, credit: Tensor | None) -> None:
+        """Its steps are done: what they showed leaves for the host, as means over the ranks; nobody waits for it.
 
-        Raises `NotFinite`, naming the step, unless the losses (means over the ranks), the weights and what s learns
-        from are finite. weights: whether those are. steps: of the run so far, this round's included. rounds: finished
-        before it.
+        finite: (), whether all weights are. credit: (2, kept units), if that is wanted.
         """
-        difference = ranks.mean(accelerator, torch.stack(self.differences).mean()) if self.differences else None
-        losses = torch.stack(self.losses)
-        ranks.average_(accelerator, [losses])
-        signals = (*(credit or {}).values(), *(() if difference is None else (torch.tensor(difference),)))
+        shown = {"losses": torch.stack(self.losses), "finite": finite}
+        if self.differences:
+            shown["difference"] = torch.stack(self.differences).mean().float().reshape(1)
+        ranks.average_(accelerator, [value for name, value in shown.items() if name != "finite"])
+        self._shown = Reading(shown if credit is None else shown | {"credit": credit}, accelerator.device)
+
+    def outcome(self, steps: int, rounds: int) -> tuple[float | None, Tensor | None]:
+        """d, the mean over the paired batches and the ranks of L(m) − L(m′), None if there were none; and the credit.
+        After `end`; the host waits for the device here.
+
+        Raises `NotFinite`, naming the step, unless the losses, the weights and what s learns from are finite. steps: of
+        the run so far, this round's included. rounds: finished before it.
+        """
+        assert self._shown is not None
+        shown = self._shown.wait()
+        losses, difference, credit = shown["losses"], shown.get("difference"), shown.get("credit")
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
-        wrong = not all(bool(signal.isfinite().all()) for signal in signals)
-        if not bad and bool(weights) and not wrong:
-            return difference
+        wrong = any(one is not None and not bool(one.isfinite().all()) for one in (difference, credit))
+        if not bad and bool(shown["finite"]) and not wrong:
+            return None if difference is None else float(difference), credit
         within = bad[0] * self.steps // len(losses) + 1 if bad else self.steps
         what = (
             "what s learns from, a loss of the reference or a gradient, is not finite"
@@ -98,6 +108,17 @@ class Round:
             f"{what} at step {steps - self.steps + within}, round {rounds}: the master and the last checkpoint keep "
             "what was before this round; lower optimizer.lr, set optimizer.clip_norm or turn memory.autocast off"
         )
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A round whose steps are done and whose values have left the device; what it showed may be on its way still."""
+
+    round: Round
+    plan: Plan
+    numbers: Mapping[str, Any]
+    """Of the boundary at its end, as far as they do not depend on what it showed."""
+    random: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)

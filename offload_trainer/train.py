@@ -16,7 +16,7 @@ from offload_trainer.batches import shard
 from offload_trainer.config import Config
 from offload_trainer.config.base import size_in_bytes
 from offload_trainer.device import memory
-from offload_trainer.errors import UserError
+from offload_trainer.errors import NotFinite, UserError
 from offload_trainer.evaluation import evaluate, evaluate_full
 from offload_trainer.files.writing import sole_writer
 from offload_trainer.forecast.show import show_forecast
@@ -116,8 +116,8 @@ def train(config: Config) -> None:
                         validates = ended and due(config.track.eval_every, last_end, step)
                         pictured = step == config.steps or (ended and due(config.track.structure_every, last_end, step))
                         if step % config.track.log_every == 0 or validates or pictured:
-                            monitor.show(run.structure.flat if run.structure.names else torch.ones(1))
                             record = {"step": step, **meter.read(accelerator), **measured(run, offloader)}
+                            monitor.show(run.structure.flat if run.structure.names else torch.ones(1))
                             record |= {"structure": run.structure.portrait(step)} if pictured else {}
                             if validates:
                                 unfinished = record
@@ -279,7 +279,10 @@ def kept_when_broken_off(
     except BaseException:
         if offloader.accelerator.is_main_process:
             try:
-                step = offloader.boundary().numbers["steps"]
+                try:
+                    step = offloader.boundary().numbers["steps"]
+                except NotFinite:  # what had just ended
+                    step = offloader.boundary().numbers["steps"]
                 if step and not store.has(step):
                     snapshot.save(offloader, store, {"config": resumable(config)})
                 monitor.message(

@@ -32,10 +32,10 @@ class Session:
                 raise ArithmeticError
             return loss
 
-        def interrupted_take(plan: Any) -> Any:
+        def interrupted_take() -> Any:
             if self.interrupting:
                 raise KeyboardInterrupt
-            return take(plan)
+            return take()
 
         self.trainer.loss_fn = failing_loss
         self.trainer._crediting.take = interrupted_take  # type: ignore[method-assign]
@@ -44,7 +44,7 @@ class Session:
         loss = self.trainer.loss(next(self.batches))
         self.trainer.accelerator.backward(loss)
         self.trainer.step()
-        self.seen += [loss.item(), self.trainer.report.difference if self.trainer.between_rounds else None]
+        self.seen.append(loss.item())
 
     def steps(self) -> None:
         for _ in range(4):
@@ -86,6 +86,10 @@ class Session:
     def look(self) -> None:
         self.seen += [self.trainer.plan.digest, *(t.clone() for t in self.trainer.master.values())]
 
+    def ask(self) -> None:
+        """At times when a round has just ended and nobody has waited for it."""
+        self.seen.append(self.trainer.report.difference)
+
     def export(self) -> None:
         self.seen += [p.detach().clone() for p in self.trainer.export().parameters()]
 
@@ -110,7 +114,14 @@ class Session:
 
 DEEDS: list[Callable[[Session], None]] = [
     *[Session.steps, Session.step] * 4,
-    *(Session.loss_without_a_step, Session.failing_reference, Session.not_a_number, Session.look, Session.export),
+    *(
+        Session.loss_without_a_step,
+        Session.failing_reference,
+        Session.not_a_number,
+        Session.look,
+        Session.ask,
+        Session.export,
+    ),
     *(Session.interrupt_at_the_end, Session.finish, Session.save, Session.save_meanwhile, Session.restore),
 ]
 

@@ -62,9 +62,11 @@ def test_credit_is_the_derivative_for_a_gate_on_what_reads_a_unit(case: str) -> 
         o.subnet.eval()
         smooth(o.subnet, inputs).backward()
         crediting.add(plan, subnet.parameters)
-        found = crediting.take(plan)
+        means = crediting.take()
+        assert means is not None
+        found = crediting.by_group(means, plan)
         assert found is not None and list(found) == list(structure.names)
-        assert crediting.take(plan) is None
+        assert crediting.take() is None
         for name in structure.names:
             slots = {slot for _, slot in read_slots(readers, groups, name)}
             for unit in range(len(plan[name])):
@@ -102,7 +104,7 @@ def test_means_over_the_last_batches_of_a_round_reach_the_structure() -> None:
             if i % 7 >= 7 - LAST:
                 own.add(trainer.plan, trainer._bench.subnet.parameters)
             if i % 7 == 6:
-                seen.append((trainer.plan, own.take(trainer.plan)))
+                seen.append((trainer.plan, own.by_group(own.take(), trainer.plan)))
             trainer.step()
     (first, found), _ = seen
     assert found is not None
@@ -135,7 +137,7 @@ def test_credit_needs_no_second_subnet() -> None:
 def test_every_family_can_be_credited_or_left_alone(name: str) -> None:
     model, _inputs = models.FAMILIES[name]()
     groups = find_groups(model, _inputs)
-    assert Crediting(model, groups, ()).take(Plan.whole(groups)) is None
+    assert Crediting(model, groups, ()).take() is None
     crediting = Crediting(model, groups, [group.name for group in groups])
     assert all(slots for slots in crediting._slots.values())
 
@@ -176,9 +178,9 @@ def test_magnitude_is_the_size_of_what_reads_a_unit() -> None:
         run(trainer, data(6))
         trainer.accelerator.backward(trainer.loss(data(1)[0]))
         plan, linear = trainer.plan, {n: p.detach().clone() for n, p in trainer.subnet.named_parameters()}["10.weight"]
-        trainer._crediting.take(plan)
+        trainer._crediting.take()
         trainer._crediting.add(plan, trainer._bench.subnet.parameters)
-        found = trainer._crediting.take(plan)
+        found = trainer._crediting.by_group(trainer._crediting.take(), plan)
         assert found is not None
     torch.testing.assert_close(found["8"][0], linear.square().sum(0))
 
@@ -207,7 +209,7 @@ def test_complex_parameters_count_as_pairs_of_numbers(magnitude: bool) -> None:
     gate = torch.ones(7, requires_grad=True)
     model(x, gate).square().mean().backward()
     crediting.add(plan, dict(model.named_parameters()))
-    found = crediting.take(plan)
+    found = crediting.by_group(crediting.take(), plan)
     assert found is not None and gate.grad is not None
     if magnitude:
         sizes = [p.detach().abs().square().flatten(1).sum(1) for p in (model.inner.weight, model.v)]

@@ -139,11 +139,11 @@ def test_overlapping_rounds_equal_others_bit_for_bit(kind: str, case: str, monke
             plans.append([])
             for batch in MODELS[kind][1](17):
                 losses[-1] += run(trainer, [batch])
-                if trainer.between_rounds:
-                    differences[-1].append(trainer.report.difference)
-                else:
+                if not trainer.between_rounds:  # nor asked before it has to tell
                     plans[-1].append(trainer.plan.digest)
+                    differences[-1].append(trainer.report.difference)
             trainer.finish_round()
+            differences[-1].append(trainer.report.difference)
             ended.append(result(trainer))
         assert bool(swaps) == (overlap and case not in ("fresh", "bernoulli", "keep 1"))
     assert losses[0] == losses[1] and differences[0] == differences[1] and plans[0] == plans[1]
@@ -406,6 +406,39 @@ def test_an_interrupt_at_any_moment_neither_hangs_nor_divides_a_write_back(tmp_p
             weights = find_checkpoint(tmp_path / str(attempt)).read("weights")
             for name, tensor in weights.items():
                 assert torch.equal(tensor, states[steps][f"weights {name}"]), (steps, name)
+
+
+def test_nobody_waits_for_the_end_of_a_round_whose_successor_is_foreseen() -> None:
+    """It is concluded once the next one has been given its first step, or where somebody asks what it showed."""
+    batches = data(24)
+    with make("cnn", overlap=True) as trainer:
+        every = trainer.sync_every
+        run(trainer, batches[: 2 * every])
+        assert trainer._ended is not None and trainer.between_rounds
+        trainer.accelerator.backward(trainer.loss(batches[2 * every]))
+        assert trainer._ended is not None  # and the next one is under way
+        trainer.step()
+        assert trainer._ended is None
+        run(trainer, batches[2 * every + 1 : 3 * every])
+        assert trainer._ended is not None
+        assert trainer.report.difference is not None
+        assert trainer._ended is None
+
+
+def test_a_round_that_ended_reaches_the_master_whatever_ends_the_block() -> None:
+    batches = data(24)
+    with make("cnn", overlap=True) as whole:
+        torch.manual_seed(5)
+        run(whole, batches[: 2 * whole.sync_every])
+        expected = {name: tensor.clone() for name, tensor in whole.master.items()}
+    broken = make("cnn", overlap=True)
+    with pytest.raises(ArithmeticError), broken:
+        torch.manual_seed(5)
+        run(broken, batches[: 2 * broken.sync_every])
+        assert broken._ended is not None
+        raise ArithmeticError
+    for name, tensor in broken._master.tensors.items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 def test_a_loss_that_is_not_finite_leaves_the_last_round(tmp_path: Path) -> None:

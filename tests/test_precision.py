@@ -293,8 +293,8 @@ def test_a_round_rounds_what_the_plan_keeps_and_changes_no_bit_else(
 
             monkeypatch.setattr(trainer._bench.writeback, "end", remembering)
             trainer.step()
-            monkeypatch.undo()
             trainer.finish_round()
+            monkeypatch.undo()
             norm = 0.0
             for kind, store in stores.items():
                 for name, tensor in store.items():

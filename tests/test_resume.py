@@ -97,6 +97,7 @@ def test_an_interrupt_within_a_write_back_waits(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(trainer._bench.writeback, "end", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(trainer, data(5))
+            trainer.finish_round()
         assert (trainer.steps, trainer.rounds) == (5, 1)
         assert trainer.boundary().numbers["steps"] == 5
 
@@ -145,7 +146,7 @@ def test_a_broken_write_back_makes_no_checkpoint(
             trainer.finish_round()
         with pytest.raises(RuntimeError, match="broken off"):
             snapshot.save(trainer, CheckpointStore(tmp_path))
-        trainer._round = None
+        trainer._ended = None
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -51,14 +51,18 @@ class Crediting:
         """Forget them: the round they are of has not been."""
         self._sums, self._batches = None, 0
 
-    def take(self, plan: Plan) -> dict[str, Tensor] | None:
-        """Group → (2, kept units), the means over the batches since the last call; None if there were none."""
+    def take(self) -> Tensor | None:
+        """(2, kept units of all groups), on the device: the means over the batches since the last call; None if there
+        were none."""
         if self._sums is None:
             return None
-        means = (self._sums / self._batches).cpu()
+        means = self._sums / self._batches
         self.clear()
-        sizes = [len(plan[name]) for name in self._slots]
-        return dict(zip(self._slots, means.split(sizes, 1), strict=True))
+        return means
+
+    def by_group(self, means: Tensor, plan: Plan) -> dict[str, Tensor]:
+        """Group → (2, kept units) of what `take` returned of the plan's rounds."""
+        return dict(zip(self._slots, means.split([len(plan[name]) for name in self._slots], 1), strict=True))
 
     def _of(self, plan: Plan, parameters: Mapping[str, nn.Parameter], name: str) -> Tensor:  # (kept units,) float32
         kept = len(plan[name])

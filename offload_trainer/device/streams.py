@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 
 class Mark:
@@ -31,6 +32,20 @@ class Mark:
         if self._event is None or before._event is None:
             return 0.0
         return before._event.elapsed_time(self._event) / 1e3
+
+
+class Reading:
+    """Values on their way from the device to the host, after all that its current stream has been given so far."""
+
+    def __init__(self, values: Mapping[str, Tensor], device: torch.device):
+        # From a GPU into pinned memory: so the copy goes on by itself.
+        self._values = {name: value.detach().to("cpu", non_blocking=True) for name, value in values.items()}
+        self._there = Mark(device)
+
+    def wait(self) -> Mapping[str, Tensor]:
+        """The host waits until they are there."""
+        self._there.wait()
+        return self._values
 
 
 def hold_all(marks: Mapping[str, Mark]) -> None:

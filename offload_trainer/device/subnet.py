@@ -1,5 +1,9 @@
 """The sliced network of one plan, on the device: its module, optimizer and moments, as views of a few slabs."""
 
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -87,6 +91,8 @@ class TrainedSubnet(Subnet):
         self.optimizer = factory(list(self.parameters.values()))
         if layout.corrected and len({tuple(group["betas"]) for group in self.optimizer.param_groups}) > 1:
             raise UserError("the optimizer's parameter groups differ in betas: use one pair, or optimizer.state: reset")
+        self._steps: Counter[str] = Counter()
+        """That the optimizer's state of each parameter counts: without asking the device."""
         self._moments: dict[str, list[Slab]] = {}
         """By name; none in the first round, in which the optimizer makes its state as it would in plain training."""
 
@@ -126,6 +132,7 @@ class TrainedSubnet(Subnet):
             self.optimizer.state.clear()
             return
         if not self._master.scalars:
+            self._steps.clear()
             return  # the first round
         views: dict[str, dict[str, Tensor]] = {}
         for moment in self.moments:
@@ -136,21 +143,31 @@ class TrainedSubnet(Subnet):
                     corrected += [slab[name]] if self._mixed(name) else []
             if corrected:
                 torch._foreach_mul_(corrected, self._layout.correction(moment, clock))
+        numbers: list[tuple[dict[str, Any], Mapping[str, float]]] = []
         for name, parameter in self.parameters.items():
             scalars = self._master.scalars.get(name)
             if scalars is None:  # it has never had a gradient
                 self.optimizer.state.pop(parameter, None)
+                self._steps[name] = 0
                 continue
             state = self.optimizer.state[parameter]
             state.update(views.get(name, {}))
-            set_scalars(state, self._layout, {**scalars, "step": clock} if self._mixed(name) else scalars)
+            numbers.append((state, {**scalars, "step": clock} if self._mixed(name) else scalars))
+            self._steps[name] = int(numbers[-1][1].get("step", 0))
+        set_scalars(numbers, self._layout)
+
+    def step(self) -> None:
+        """An optimizer step; the gradients are gone then."""
+        self._steps.update(name for name, parameter in self.parameters.items() if parameter.grad is not None)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def end(self) -> None:
         """End a round: moments as the master is to have them in the slabs, the optimizer's numbers in the master."""
         if not self._layout.carried:
             return
         states = {name: self.optimizer.state[p] for name, p in self.parameters.items() if self.optimizer.state[p]}
-        self._master.scalars.update(read_scalars(states.items(), self._layout))
+        self._master.scalars.update(read_scalars(states.items(), self._layout, self._steps))
         for moment in self.moments:
             by_correction: dict[float, list[Tensor]] = {}  # one, unless some parameters got no gradient at times
             for slab in self.slabs_of(moment):

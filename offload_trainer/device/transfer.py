@@ -190,18 +190,21 @@ class Transfer:
             yield part
 
     def hold(self, mark: Mark) -> None:
-        """Training waits until then, the host does not; `told` adds how long to `work`."""
+        """Training waits until then, the host does not; `count` adds how long to `work`."""
         before = Mark(self._device, timed=True)
         mark.hold()
         self._held.append((before, Mark(self._device, timed=True)))
 
-    def told(self) -> None:
-        """Add to `work` how long training was held (`hold`); the host waits for the device to have passed those places,
-        so this is for the end of a round, which it waits for anyway."""
-        for before, after in self._held:
+    def held(self) -> list[tuple[Mark, Mark]]:
+        """Where training was held since the last call: begin and end."""
+        held, self._held = self._held, []
+        return held
+
+    def count(self, held: Iterable[tuple[Mark, Mark]]) -> None:
+        """Add to `work` how long training was held there. The host waits for the device to have passed those places."""
+        for before, after in held:
             after.wait()
             self.work.waited += after.seconds_since(before)
-        self._held.clear()
 
     def merge(self, staged: Iterable[Part], full: Mapping[str, Tensor], plan: Plan, *, delta: bool = False) -> float:
         """Master ← staging. With `delta`, returns Σ (new − old)²."""

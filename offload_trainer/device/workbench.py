@@ -77,6 +77,11 @@ class Workbench:
         assert self._subnet is not None
         return self._subnet
 
+    @property
+    def ahead(self) -> Ahead | None:
+        """What was gathered for the next two rounds; between two rounds."""
+        return self._ahead and self._ahead.result()
+
     # A round
 
     def begin(self, plan: Plan, reference: Plan | None, following: Plan | None, steps: int) -> None:
@@ -84,7 +89,7 @@ class Workbench:
 
         following: plan of the next round, if it is known; steps: that the run has taken so far.
         """
-        ready, ahead = self._ready, self._ahead and self._ahead.result()
+        ready, ahead = self._ready, self.ahead
         self._ready = self._ahead = None
         self.clock = self.clock if plan.digest == self.trained else min(steps, self._layout.horizon)
         self.trained = plan.digest
@@ -111,13 +116,12 @@ class Workbench:
     @torch.no_grad()
     def leave(self, steps: int, round: int) -> None:
         """The values of a round, of this number and of `steps` steps, leave for staging; after `wait`. The host waits
-        for the round's steps (an optimizer's step count, `told`), not for what leaves.
+        for nothing, unless the master is narrow (`Transfer.unload`) or an optimizer keeps numbers on the device.
 
         `writeback.end` follows, or `clear` if they are not to reach the master.
         """
         self.subnet.reattach()
         self.subnet.end()
-        self.transfer.told()
         self.clock += steps
         self.writeback.leave(self.subnet, round)
         self._ready = self.subnet.plan
@@ -125,8 +129,7 @@ class Workbench:
     def step(self) -> None:
         """An optimizer step of the subnet, for which its moments must have arrived."""
         self._swap.hold("moments")
-        self.subnet.optimizer.step()
-        self.subnet.optimizer.zero_grad()
+        self.subnet.step()
 
     @torch.no_grad()
     def reference_loss(self, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:

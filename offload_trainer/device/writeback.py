@@ -23,6 +23,8 @@ class WriteBack:
         self.left: dict[str, Mapping[str, Mark]] = {}
         """When the values that left last have left: of "weights" and moments, by tensor."""
         self._leaving: Iterable[tuple[str, Unloading, Plan]] = ()
+        self._held: list[tuple[Mark, Mark]] = []
+        """Where that round was held by transfers."""
         self._squared = 0.0
         """Σ (new − old)² of the weights that were merged last."""
         self.delta_norm = 0.0
@@ -34,7 +36,7 @@ class WriteBack:
 
     def leave(self, subnet: TrainedSubnet, round: int) -> None:
         """The values of a round of this number leave the device; may be under way still."""
-        self.left = {}
+        self.left, self._held = {}, self._transfer.held()
         leaving = self._unloading(subnet, round)
         # Where nothing overlaps all share one staging, so each leaves when the one before is in the master.
         self._leaving = list(leaving) if self._overlap else leaving
@@ -48,11 +50,12 @@ class WriteBack:
             yield what, one, subnet.plan
 
     def end(self) -> tuple[Work, float]:
-        """What has left → master, where it is once the pipeline is done.
+        """What has left → master, where it is once the pipeline is done. For when the round's steps are done.
 
         Returns `work` and `delta_norm` as of this one or, where rounds overlap, of the one before.
         """
         before, self.broken = (self.work, self.delta_norm), True
+        self._transfer.count(self._held)
         for what, unloading, plan in self._leaving:
             self._pipeline.do(partial(self._merge, what, unloading, plan))
         self._pipeline.do(self._ended)

@@ -137,20 +137,39 @@ def probe_optimizer(
     return layout
 
 
-def set_scalars(state: dict[str, Any], layout: StateLayout, values: Mapping[str, float]) -> None:
-    """Give one parameter's optimizer state its scalars, of the type and on the device the optimizer wants them."""
-    for name, example in layout.scalars.items():
-        value = values[name]
-        state[name] = torch.full_like(example, value) if isinstance(example, Tensor) else type(example)(value)
+def set_scalars(states: Iterable[tuple[dict[str, Any], Mapping[str, float]]], layout: StateLayout) -> None:
+    """Give each parameter's optimizer state its numbers, of the type and on the device the optimizer wants them."""
+    alike: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for state, values in states:
+        for name in layout.scalars:
+            alike.setdefault((name, values[name]), []).append(state)
+    for (name, value), those in alike.items():
+        example = layout.scalars[name]
+        if isinstance(example, Tensor):  # of one tensor: a device has one kernel to launch, not one for each
+            numbers = example.new_full((len(those),), value).unbind()
+        else:
+            numbers = [type(example)(value)] * len(those)
+        for state, number in zip(those, numbers, strict=True):
+            state[name] = number
 
 
-def read_scalars(states: Iterable[tuple[str, Mapping[str, Any]]], layout: StateLayout) -> dict[str, dict[str, float]]:
-    """The numbers of every parameter's state. The host waits for a device once."""
+def read_scalars(
+    states: Iterable[tuple[str, Mapping[str, Any]]], layout: StateLayout, steps: Mapping[str, float]
+) -> dict[str, dict[str, float]]:
+    """The numbers of every parameter's state, by its name. steps: of those that Adam and its kin count on a device; for
+    any other number there the host waits."""
     numbers: dict[str, dict[str, float]] = {}
     there: list[tuple[str, str, Tensor]] = []
     for name, state in states:
-        numbers[name] = {key: float(state[key]) for key in layout.scalars if not isinstance(state[key], Tensor)}
-        there += [(name, key, state[key]) for key in layout.scalars if isinstance(state[key], Tensor)]
+        numbers[name] = {}
+        for key in layout.scalars:
+            value = state[key]
+            if not isinstance(value, Tensor) or value.device.type == "cpu":
+                numbers[name][key] = float(value)
+            elif key == "step" and layout.corrected:
+                numbers[name][key] = steps[name]
+            else:
+                there.append((name, key, value))
     values = torch.stack([value for *_, value in there]).tolist() if there else []
     for (name, key, _), value in zip(there, values, strict=True):
         numbers[name][key] = value
