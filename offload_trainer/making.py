@@ -1,6 +1,5 @@
 """What a config asks for, made: accelerator, structure, optimizer; and what of it a resumed run must share."""
 
-import math
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -101,7 +100,7 @@ def make_structure(config: Config, groups: Groups) -> Structure:
         start_keep=section.start_keep,
         schedule_steps=section.schedule_steps,
         explore=section.explore,
-        explore_steps=math.ceil(config.steps * (1 - section.settle)) if section.settle else 0,
+        explore_steps=config.exploring_steps if section.settle else 0,
         seed=config.seed,
     )
 

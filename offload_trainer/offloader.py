@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,21 +9,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from offload_trainer.agenda import Agenda, Entry, Reference
+from offload_trainer.agenda import Agenda, Reference
 from offload_trainer.batches import loose
 from offload_trainer.device import memory, ranks
 from offload_trainer.device.crediting import LAST, Crediting
 from offload_trainer.device.movers import Choice, choose_mover
-from offload_trainer.device.pipeline import in_background
 from offload_trainer.device.processes import require_supported, transfer_threads
 from offload_trainer.device.subnet import TrainedSubnet
 from offload_trainer.device.workbench import Compile, Workbench
-from offload_trainer.errors import NotFinite
 from offload_trainer.groups import Groups, Plan, require_of
 from offload_trainer.master import FP32, Master, Precision, probe_optimizer, trained_dtype
-from offload_trainer.master.interrupts import undivided
-from offload_trainer.randomness import random_state, set_random_state
-from offload_trainer.rounds import Boundary, Ended, Round, require_arguments
+from offload_trainer.round import Boundary, Round, require_arguments
+from offload_trainer.rounds import Rounds
 from offload_trainer.structure import Structure
 from offload_trainer.timing import RoundReport, Spent, Transfers
 
@@ -76,11 +72,7 @@ class Offloader:
         self.sync_every, self.clip_norm, self.precision = sync_every, clip_norm, precision
         require_of(model, groups)
         layout = probe_optimizer(optimizer, trained_dtype(model), self.device, carry=state == "carry")
-        self.steps = self.rounds = 0  # optimizer steps taken; rounds finished
-        self.agenda = Agenda(groups, structure, reference)
-        self._report, self.spent, self.transfers, self._closed = RoundReport(), Spent(), Transfers(), False
-        self._round: Round | None = None  # None between two rounds
-        self._ended: Ended | None = None  # the last one, until it is concluded
+        self.agenda, self._closed = Agenda(groups, structure, reference), False
         pin, sampled = self.device.type == "cuda", groups.sliced_by(structure.names)
         self._crediting = Crediting(model, groups, structure.credited, magnitude=structure.estimator == "magnitude")
         self.mover = mover = choose_mover(transfer, transfer_threads(self.device, overlap=overlap))
@@ -88,7 +80,7 @@ class Offloader:
         self._bench = Workbench(
             self._master, self.device, optimizer, layout, sampled=sampled, compile=compile, overlap=overlap, mover=mover
         )
-        self._boundary: Boundary | None = self._make_boundary(self._numbers(), random_state(self.device))
+        self._rounds = Rounds(self.accelerator, self.agenda, structure, self._crediting, self._master, self._bench)
 
     # What a training loop calls
 
@@ -100,7 +92,7 @@ class Offloader:
         running = self._running()
         paired = running.paired and running.steps < self._structure.paired_batches
         if paired:
-            with self.spent.on("reference"), self.accelerator.autocast():
+            with self._rounds.spent.on("reference"), self.accelerator.autocast():
                 against = self._bench.reference_loss(self.loss_fn, loose(batch))
         with self.accelerator.autocast():  # not the same: its cache would keep the reference's narrow weights
             loss = self.loss_fn(self._bench.forward, batch)
@@ -111,24 +103,24 @@ class Offloader:
 
     def step(self) -> None:
         """Optimizer step on the subnet, with gradients averaged over the ranks; every K-th call ends the round."""
-        if self._round is None or not self._round.losses:
+        running = self._rounds.under_way
+        if running is None or not running.losses:
             raise RuntimeError("step() follows loss() and a backward pass: this round has seen no loss yet")
-        running, subnet = self._round, self._bench.subnet
+        subnet = self._bench.subnet
         if not running.steps:
             ranks.require_same(self.accelerator, f"the plan of round {self.rounds}", subnet.plan.digest)
         ranks.average_gradients(self.accelerator, subnet.parameters)
         running.require_gradients(subnet.parameters, self._master.model)
-        if running.steps >= self.sync_every - LAST and not self.agenda.settled:
+        if running.learns and running.steps >= self.sync_every - LAST:
             self._crediting.add(subnet.plan, subnet.parameters)
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(subnet.parameters.values()), self.clip_norm)
         self._bench.step()
-        self.steps, running.steps = self.steps + 1, running.steps + 1
-        if running.steps == 1:  # what this round trains is under way
-            self._conclude()
-            self._bench.look_ahead(self.agenda.look_ahead)
+        self._rounds.steps, running.steps = self._rounds.steps + 1, running.steps + 1
+        if running.steps == 1:
+            self._rounds.first_step_taken()
         if running.steps >= self.sync_every:
-            self._end_round(running)
+            self._rounds.end()
         elif running.steps == self._structure.paired_batches and not self._structure.constant_widths:
             self._bench.drop_reference()  # of other widths next time; free its memory for the rest of the round
 
@@ -138,14 +130,11 @@ class Offloader:
 
     def finish_round(self) -> None:
         """End the running round now, however few steps it had; afterwards the master is complete."""
-        if self._round is not None and self._round.steps:
-            self._end_round(self._round)
-        self._wait()
-        self.transfers.end(self._bench.writeback.work)
+        self._rounds.finish()
 
     @property
     def between_rounds(self) -> bool:
-        return self._round is None
+        return self._rounds.under_way is None
 
     def settle(self) -> None:
         """From the next round on train the units of the largest s only, and leave s as it is."""
@@ -158,11 +147,11 @@ class Offloader:
 
     def start_from(self, scores: Mapping[str, Tensor], explore: float) -> None:
         """Begin the run with s by importance (see `Structure.start_from`); the first round trains the top plan."""
-        if self.steps or self._round is not None:
+        if self.steps or not self.between_rounds:
             raise RuntimeError("start_from() belongs before the first round")
         self._structure.start_from(scores, explore)
         self.agenda.starts_from_top = True
-        self._boundary = self._make_boundary(self._numbers(), random_state(self.device))
+        self._rounds.mark()
 
     def __enter__(self) -> "Offloader":
         return self
@@ -174,39 +163,58 @@ class Offloader:
                 self.finish_round()
             else:
                 with suppress(Exception):  # one is on its way already
-                    self._conclude()
+                    self._rounds.conclude()
 
     # What can be looked at
 
     @property
     def master(self) -> Mapping[str, Tensor]:
         """Parameter and buffer names → full-size tensor views, host, in the types they are stored in."""
-        self._wait()
+        self._rounds.wait()
         return self._master.tensors
 
     @property
     def moments(self) -> Mapping[str, Mapping[str, Tensor]]:
         """The optimizer's names (`exp_avg`) → parameter names → full-size tensor views, host."""
-        self._wait()
+        self._rounds.wait()
         return self._master.moments
 
     @property
     def model(self) -> nn.Module:
         """The full model; its tensors are the master's."""
-        self._wait()
+        self._rounds.wait()
         return self._master.model
 
     @property
     def structure(self) -> Structure:
         """s, and what learns it. The next plan is drawn from it in the background."""
-        self._wait()
+        self._rounds.wait()
         return self._structure
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken."""
+        return self._rounds.steps
+
+    @property
+    def rounds(self) -> int:
+        """Finished."""
+        return self._rounds.finished
+
+    @property
+    def spent(self) -> Spent:
+        """Wall time that was not training."""
+        return self._rounds.spent
+
+    @property
+    def transfers(self) -> Transfers:
+        """What they took, round by round and in all."""
+        return self._rounds.transfers
 
     @property
     def report(self) -> RoundReport:
         """Of the last finished round."""
-        self._conclude()
-        return self._report
+        return self._rounds.report
 
     @property
     def plan(self) -> Plan:
@@ -224,10 +232,11 @@ class Offloader:
         return self._running_subnet().optimizer
 
     def measured(self) -> dict[str, Any]:
-        """Numbers of the running round and of the last finished one, for a log. The host waits for that one's end."""
-        report = self.report.as_dict()
+        """Numbers of the running round, once it has taken a step, and of the last finished one, for a log. The host
+        waits for the end of that."""
+        report, under_way = self.report.as_dict(), self._rounds.under_way
         return {
-            "round": self.rounds if self._round is not None else max(0, self.rounds - 1),
+            "round": self.rounds if under_way and under_way.steps else max(0, self.rounds - 1),
             "keep": self._structure.keep,
             **report,
             "transfer_share": self.spent.share(),
@@ -243,119 +252,22 @@ class Offloader:
         Raises `NotFinite` if that round turns out to be so: the next call returns the end of the one before. Raises
         `RuntimeError` if a write-back was broken off: the master is then between two rounds for good.
         """
-        self._conclude()
-        return self._completed()
+        return self._rounds.boundary()
 
     def at_boundary(self, work: Callable[[Boundary], object]) -> None:
         """Between two rounds: do what needs the master as it is. Where rounds overlap, it goes on while the next one
         trains, whose end waits for it and raises what it raised."""
-        assert self._round is None
-        self._conclude()
-        boundary = self._boundary
-        assert boundary is not None
-        self._bench.pipeline.do(lambda: work(boundary.with_numbers(delta_norm=self._bench.writeback.delta_norm)))
-
-    def _completed(self) -> Boundary:
-        self._bench.pipeline.drain()
-        if self._boundary is None or self._bench.writeback.broken:
-            raise RuntimeError("a write-back was broken off: the master is not that of any step")
-        return self._boundary.with_numbers(delta_norm=self._bench.writeback.delta_norm)
+        self._rounds.at_boundary(work)
 
     def load_boundary(self, boundary: Boundary) -> None:
         """Go on from a boundary; the master and its moments must hold what they held then."""
-        self._bench.clear()
-        self._crediting.clear()
-        numbers = boundary.numbers
-        self.steps, self.rounds = numbers["steps"], numbers["rounds"]
-        self.agenda.load_state_dict(numbers["agenda"])
-        self._report = RoundReport(**numbers["report"])
-        self._bench.clock, self._bench.trained = numbers["clock"], numbers["trained"]
-        self._bench.writeback.delta_norm = numbers["delta_norm"]
-        self._master.scalars = {name: dict(scalars) for name, scalars in numbers["scalars"].items()}
-        self._structure.load_state_dict(dict(boundary.structure))
-        set_random_state(boundary.random, self.device)
-        self._round, self._ended, self._boundary = None, None, boundary
-
-    def _numbers(self) -> dict[str, Any]:
-        """Of a boundary, without the report."""
-        numbers = {"steps": self.steps, "rounds": self.rounds, "agenda": self.agenda.state_dict()}
-        numbers |= {"clock": self._bench.clock, "trained": self._bench.trained}
-        return numbers | {"scalars": {name: dict(scalars) for name, scalars in self._master.scalars.items()}}
-
-    def _make_boundary(self, numbers: Mapping[str, Any], random: Mapping[str, Tensor]) -> Boundary:
-        return Boundary({**numbers, "report": asdict(self._report)}, self._structure.state_dict(), random)
+        self._rounds.load(boundary)
 
     def _running(self) -> Round:
         if self._closed:
             raise RuntimeError("the offloader is closed: train within its `with` block")
-        return self._round or self._begin_round()
+        return self._rounds.under_way or self._rounds.begin()
 
     def _running_subnet(self) -> TrainedSubnet:
         self._running()
         return self._bench.subnet
-
-    def _begin_round(self) -> Round:
-        entry = self._foreseen()
-        if entry is None:
-            self._conclude()
-            entry = self.agenda.begin(self.steps, self.rounds)
-        with self.spent.on("gather"):
-            self._bench.begin(entry.plan, entry.reference, entry.following, self.steps)
-        self._round = Round(paired=entry.reference is not None, undivided=self._bench.compile == "graphs")
-        return self._round
-
-    def _foreseen(self) -> Entry | None:
-        """The next round, if that may begin before the host knows what the last one showed: all it needs is there."""
-        ahead = self._bench.ahead
-        return None if self._ended is None or ahead is None else self.agenda.foresee(ahead.plan, ahead.later)
-
-    def _end_round(self, running: Round) -> None:
-        """The values of the round leave the device."""
-        with self.spent.on("writeback"):
-            self._bench.wait()  # for the round before, a checkpoint of it, and what was gathered meanwhile
-        boundary, subnet = self._completed(), self._bench.subnet
-        subnet.optimizer.zero_grad()  # of a batch that was never followed by a step
-        finite = subnet.is_finite()
-        try:
-            with self.spent.on("writeback"):
-                ranks.average_buffers(self.accelerator, subnet.module)
-                self._bench.leave(running.steps, self.rounds)
-            running.end(self.accelerator, finite, self._crediting.take())
-            with undivided():
-                self.rounds, self._round = self.rounds + 1, None
-                self._ended = Ended(running, subnet.plan, self._numbers(), random_state(self.device))
-        except BaseException:
-            if self._ended is None:
-                self.load_boundary(boundary)  # as if the round had never begun
-            raise
-        if self._foreseen() is None:
-            self._conclude()
-
-    def _conclude(self) -> None:
-        """What the last round showed is learned, and its values go on to the master. The host waits for its last step:
-        so where the next round is foreseen, this is after that has been given its first step."""
-        ended = self._ended
-        if ended is None:
-            return
-        boundary, steps, rounds = self._completed(), ended.numbers["steps"], ended.numbers["rounds"] - 1
-        try:
-            difference, means = ended.round.outcome(steps, rounds)
-        except NotFinite:
-            self.load_boundary(boundary)  # as if the round had never begun
-            raise
-        credit = None if means is None else self._crediting.by_group(means, ended.plan)
-        with undivided():  # an interrupt waits: half a write-back would be no state at all
-            self._boundary = None
-            with self.spent.on("writeback"):
-                work, delta_norm = self._bench.writeback.end()
-            self._report = self.transfers.report(work, delta_norm, difference)
-            self.agenda.end(ended.plan, ended.round.steps, steps, difference, credit)
-            self._ended, self._boundary = None, self._make_boundary(ended.numbers, ended.random)
-            if self._round is not None:
-                self.agenda.catch_up(steps)
-
-    def _wait(self) -> None:
-        """Until the master is that of the last round's end. For what the background does it is."""
-        if not in_background():
-            self._conclude()
-            self._bench.wait()

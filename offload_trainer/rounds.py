@@ -1,135 +1,201 @@
-"""A round under way, and what lasts from one to the next."""
+"""The rounds of a run, one after another: when each begins, when it ends, and when it is known what it showed.
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from numbers import Integral
+A round ends in two steps. Its values leave the device (`end`); and what it showed is learned, and the values go on to
+the master (`conclude`), for which the host must wait until the device has done the round's last step. Where the next
+round is foreseen, that has been given its first step by then, so the device has something to do meanwhile.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
+from offload_trainer.agenda import Agenda, Entry
 from offload_trainer.device import ranks
-from offload_trainer.device.streams import Reading
-from offload_trainer.device.workbench import Compile
-from offload_trainer.errors import NotFinite, UserError
-from offload_trainer.groups import Plan
+from offload_trainer.device.crediting import Crediting
+from offload_trainer.device.pipeline import in_background
+from offload_trainer.device.workbench import Workbench
+from offload_trainer.errors import NotFinite
+from offload_trainer.master import Master
+from offload_trainer.master.interrupts import undivided
+from offload_trainer.randomness import random_state, set_random_state
+from offload_trainer.round import Boundary, Ended, Round
+from offload_trainer.structure import Structure
+from offload_trainer.timing import RoundReport, Spent, Transfers
 
 
-def require_arguments(
-    sync_every: int, state: str, clip_norm: float | None, compile: Compile = False, *, fits: bool
-) -> None:
-    """Raise `UserError` unless rounds can be made of them (see `Offloader`). fits: what is compiled, if anything is,
-    fits every plan."""
-    if not isinstance(sync_every, Integral) or isinstance(sync_every, bool) or sync_every < 1:
-        raise UserError(f"sync_every ({sync_every}) must be a whole number, at least 1")
-    if state not in ("carry", "reset"):
-        raise UserError(f"state ({state!r}) must be carry or reset")
-    if clip_norm is not None and not clip_norm > 0:  # nor NaN
-        raise UserError(f"clip_norm ({clip_norm}) must be positive, or None")
-    if compile not in (False, True, "graphs"):
-        raise UserError(f"compile ({compile!r}) must be False, True or graphs")
-    if not fits:
-        raise UserError("memory.compile needs plans of constant widths: structure.sampler fixed, budget per_group")
+class Rounds:
+    """What changes from round to round, all of it: `steps`, `finished` and the round under way, the agenda, s, the
+    bench, the master's numbers."""
 
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        agenda: Agenda,
+        structure: Structure,
+        crediting: Crediting,
+        master: Master,
+        bench: Workbench,
+    ):
+        self._accelerator, self._device = accelerator, accelerator.device
+        self._agenda, self._structure, self._crediting = agenda, structure, crediting
+        self._master, self._bench = master, bench
+        self.steps = 0
+        """Optimizer steps taken."""
+        self.finished = 0
+        """Rounds."""
+        self.under_way: Round | None = None
+        """None between two rounds."""
+        self._ended: Ended | None = None
+        """The last round, until it is concluded."""
+        self._report = RoundReport()
+        self.spent, self.transfers = Spent(), Transfers()
+        self._boundary: Boundary | None = None
+        """Where the last round was concluded; None while its values go on to the master."""
+        self.mark()
 
-@dataclass
-class Round:
-    """A round under way: its steps so far, and what they showed (numbers that may still be on the device)."""
+    def begin(self) -> Round:
+        """The next round: its plan on the device, and what it is compared with."""
+        entry = self._foreseen()
+        if entry is None:
+            self.conclude()
+            entry = self._agenda.begin(self.steps, self.finished)
+        with self.spent.on("gather"):
+            self._bench.begin(entry.plan, entry.reference, entry.following, self.steps)
+        self.under_way = Round(
+            paired=entry.reference is not None,
+            learns=not self._agenda.settled,
+            whole_batches=self._bench.compile == "graphs",
+        )
+        return self.under_way
 
-    paired: bool
-    """Whether there is a reference to compare with."""
-    undivided: bool = False
-    """A step's batch may not come in parts."""
-    steps: int = 0
-    losses: list[Tensor] = field(default_factory=list)
-    differences: list[Tensor] = field(default_factory=list)
-    """L(m) − L(m′) of each paired batch."""
-    _shown: Reading | None = None
+    def _foreseen(self) -> Entry | None:
+        """The next round, if it may begin before the host knows what the last one showed: all it needs is there."""
+        ahead = self._bench.ahead
+        return None if self._ended is None or ahead is None else self._agenda.foresee(ahead.plan, ahead.later)
 
-    def add_loss(self, loss: Tensor) -> None:
-        """Of a batch, or of the next part of one. Raises `UserError` for a part where there may be none."""
-        if self.undivided and len(self.losses) > self.steps:
-            raise UserError(
-                "CUDA graphs (memory.cuda_graphs) take a step's batch whole: a second backward pass before step() would"
-                " overwrite the gradients of the first"
-            )
-        if not isinstance(loss, Tensor) or loss.ndim:
-            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise UserError(f"loss_fn(module, batch) must return a scalar tensor; it returned {what}")
-        self.losses.append(loss.detach().clone())  # a CUDA graph overwrites it in the next step
+    def first_step_taken(self) -> None:
+        """Of the round under way: the host may wait for the last one now, and look ahead to the next two."""
+        self.conclude()
+        self._bench.look_ahead(self._agenda.look_ahead)
 
-    def require_gradients(self, parameters: Mapping[str, nn.Parameter], model: nn.Module) -> None:
-        """At its first step: raise unless the subnet's parameters have gradients, and the full model's have none."""
-        if self.steps:
+    def end(self) -> None:
+        """The round under way has taken its steps. Raises `NotFinite` as `conclude` does, unless that comes later."""
+        running, subnet = self.under_way, self._bench.subnet
+        assert running is not None
+        with self.spent.on("writeback"):
+            self._bench.wait()  # for the round before, a checkpoint of it, and what was gathered meanwhile
+        boundary = self._completed()
+        subnet.optimizer.zero_grad()  # of a batch that was never followed by a step
+        finite = subnet.is_finite()
+        try:
+            with self.spent.on("writeback"):
+                ranks.average_buffers(self._accelerator, subnet.module)
+                self._bench.leave(running.steps, self.finished)
+            running.end(self._accelerator, finite, self._crediting.take())
+            with undivided():
+                self.finished, self.under_way = self.finished + 1, None
+                self._ended = Ended(running, subnet.plan, self._numbers(), random_state(self._device))
+        except BaseException:
+            if self._ended is None:
+                self.load(boundary)  # as if the round had never begun
+            raise
+        if self._foreseen() is None:
+            self.conclude()
+
+    def conclude(self) -> None:
+        """If a round has ended: what it showed is learned, and its values go on to the master. The host waits for the
+        device to have done its last step.
+
+        Raises `NotFinite` if a loss or a weight was not: then all is as if the round had never begun.
+        """
+        ended = self._ended
+        if ended is None:
             return
-        stray = next((name for name, parameter in model.named_parameters() if parameter.grad is not None), None)
-        if stray is not None:
-            raise UserError(
-                f"the loss reaches {stray} of the model itself, not of the subnet: loss_fn must compute with the module"
-                " it is given, and no function or hook that a module keeps may refer to the model"
-            )
-        if all(parameter.grad is None for parameter in parameters.values()):
-            raise RuntimeError("step() follows loss() and a backward pass: no parameter of the subnet has a gradient")
+        boundary, steps = self._completed(), ended.numbers["steps"]
+        try:
+            difference, means = ended.round.outcome(steps, ended.numbers["rounds"] - 1)
+        except NotFinite:
+            self.load(boundary)
+            raise
+        credit = None if means is None else self._crediting.by_group(means, ended.plan)
+        with undivided():  # an interrupt waits: half a write-back would be no state at all
+            self._boundary = None
+            with self.spent.on("writeback"):
+                work, delta_norm = self._bench.writeback.end()
+            self._report = self.transfers.report(work, delta_norm, difference)
+            self._agenda.end(ended.plan, ended.round.steps, steps, difference, credit)
+            self._ended, self._boundary = None, self._at(ended.numbers, ended.random)
+            if self.under_way is not None:
+                self._agenda.catch_up(steps)
 
-    def end(self, accelerator: Accelerator, finite: Tensor, credit: Tensor | None) -> None:
-        """Its steps are done: what they showed leaves for the host, as means over the ranks; nobody waits for it.
+    def wait(self) -> None:
+        """Until the master is that of the last round's end. For what the background does it is."""
+        if not in_background():
+            self.conclude()
+            self._bench.wait()
 
-        finite: (), whether all weights are. credit: (2, kept units), if that is wanted.
-        """
-        shown = {"losses": torch.stack(self.losses), "finite": finite}
-        if self.differences:
-            shown["difference"] = torch.stack(self.differences).mean().float().reshape(1)
-        ranks.average_(accelerator, [value for name, value in shown.items() if name != "finite"])
-        self._shown = Reading(shown if credit is None else shown | {"credit": credit}, accelerator.device)
+    def finish(self) -> None:
+        """End the round under way, however few steps it had; afterwards the master is complete."""
+        if self.under_way is not None and self.under_way.steps:
+            self.end()
+        self.wait()
+        self.transfers.end(self._bench.writeback.work)
 
-    def outcome(self, steps: int, rounds: int) -> tuple[float | None, Tensor | None]:
-        """d, the mean over the paired batches and the ranks of L(m) − L(m′), None if there were none; and the credit.
-        After `end`; the host waits for the device here.
+    @property
+    def report(self) -> RoundReport:
+        """Of the last finished round."""
+        self.conclude()
+        return self._report
 
-        Raises `NotFinite`, naming the step, unless the losses, the weights and what s learns from are finite. steps: of
-        the run so far, this round's included. rounds: finished before it.
-        """
-        assert self._shown is not None
-        shown = self._shown.wait()
-        losses, difference, credit = shown["losses"], shown.get("difference"), shown.get("credit")
-        bad = (~losses.isfinite()).nonzero().flatten().tolist()
-        wrong = any(one is not None and not bool(one.isfinite().all()) for one in (difference, credit))
-        if not bad and bool(shown["finite"]) and not wrong:
-            return None if difference is None else float(difference), credit
-        within = bad[0] * self.steps // len(losses) + 1 if bad else self.steps
-        what = (
-            "what s learns from, a loss of the reference or a gradient, is not finite"
-            if wrong
-            else "a weight is not finite"
-        )
-        what = f"the loss is {losses[bad[0]].item()}" if bad else what
-        raise NotFinite(
-            f"{what} at step {steps - self.steps + within}, round {rounds}: the master and the last checkpoint keep "
-            "what was before this round; lower optimizer.lr, set optimizer.clip_norm or turn memory.autocast off"
-        )
+    # What a checkpoint needs beside the master and its moments
 
+    def boundary(self) -> Boundary:
+        """See `Offloader.boundary`."""
+        self.conclude()
+        return self._completed()
 
-@dataclass(frozen=True)
-class Ended:
-    """A round whose steps are done and whose values have left the device; what it showed may be on its way still."""
+    def at_boundary(self, work: Callable[[Boundary], object]) -> None:
+        """See `Offloader.at_boundary`."""
+        assert self.under_way is None
+        self.conclude()
+        boundary = self._boundary
+        assert boundary is not None
+        self._bench.pipeline.do(lambda: work(boundary.with_numbers(delta_norm=self._bench.writeback.delta_norm)))
 
-    round: Round
-    plan: Plan
-    numbers: Mapping[str, Any]
-    """Of the boundary at its end, as far as they do not depend on what it showed."""
-    random: Mapping[str, Tensor]
+    def mark(self) -> None:
+        """Where it is now the run could go on from."""
+        self._boundary = self._at(self._numbers(), random_state(self._device))
 
+    def load(self, boundary: Boundary) -> None:
+        """See `Offloader.load_boundary`."""
+        self._bench.clear()
+        self._crediting.clear()
+        numbers = boundary.numbers
+        self.steps, self.finished = numbers["steps"], numbers["rounds"]
+        self._agenda.load_state_dict(numbers["agenda"])
+        self._report = RoundReport(**numbers["report"])
+        self._bench.clock, self._bench.trained = numbers["clock"], numbers["trained"]
+        self._bench.writeback.delta_norm = numbers["delta_norm"]
+        self._master.scalars = {name: dict(scalars) for name, scalars in numbers["scalars"].items()}
+        self._structure.load_state_dict(dict(boundary.structure))
+        set_random_state(boundary.random, self._device)
+        self.under_way, self._ended, self._boundary = None, None, boundary
 
-@dataclass(frozen=True)
-class Boundary:
-    """All that changes from round to round beside the master and its moments, as it was when a round ended."""
+    def _completed(self) -> Boundary:
+        """The last one, when all of it is in the master."""
+        self._bench.pipeline.drain()
+        if self._boundary is None or self._bench.writeback.broken:
+            raise RuntimeError("a write-back was broken off: the master is not that of any step")
+        return self._boundary.with_numbers(delta_norm=self._bench.writeback.delta_norm)
 
-    numbers: Mapping[str, Any]
-    structure: Mapping[str, Tensor]
-    random: Mapping[str, Tensor]
-    """States of the generators that dropout draws from."""
+    def _at(self, numbers: Mapping[str, Any], random: Mapping[str, Tensor]) -> Boundary:
+        return Boundary({**numbers, "report": asdict(self._report)}, self._structure.state_dict(), random)
 
-    def with_numbers(self, **numbers: float) -> "Boundary":
-        """With numbers that were not known yet when the round ended."""
-        return replace(self, numbers={**self.numbers, **numbers})
+    def _numbers(self) -> dict[str, Any]:
+        """Of a boundary, but for what the round before it showed."""
+        numbers = {"steps": self.steps, "rounds": self.finished, "agenda": self._agenda.state_dict()}
+        numbers |= {"clock": self._bench.clock, "trained": self._bench.trained}
+        return numbers | {"scalars": {name: dict(scalars) for name, scalars in self._master.scalars.items()}}

@@ -14,7 +14,7 @@ from offload_trainer.master.master import Entries, stored_moments, stored_weight
 from offload_trainer.master.moments import StateLayout
 from offload_trainer.master.precision import FP32, Precision
 from offload_trainer.offloader import Offloader
-from offload_trainer.rounds import Boundary
+from offload_trainer.round import Boundary
 from offload_trainer.structure import Structure
 
 

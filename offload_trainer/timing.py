@@ -1,6 +1,7 @@
 """What transfers took from round to round, and where a run's time went."""
 
 import time
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
@@ -103,8 +104,10 @@ class Spent:
 class Meter:
     """Loss and speed since the last reading, and where the wall time went."""
 
-    def __init__(self, unit: str, base_bytes: int):
+    def __init__(self, unit: str, base_bytes: int, before: Mapping[str, Any] | None = None):
+        """before: what was read last of a run that is resumed, from which its times go on."""
         self.unit, self.base_bytes = unit, base_bytes
+        self._before = {key: (before or {}).get(key) or 0.0 for key in ("train_seconds", "train_cpu_seconds")}
         self._losses: list[Tensor] = []
         self._units = self._total = 0
         self._window = self._start = time.perf_counter()
@@ -126,7 +129,9 @@ class Meter:
         self._losses, self._units, self._window = [], 0, now
         wall = now - self._start - sum(self._paused.values())
         cpu = time.process_time() - self._cpu_start - self._paused_cpu
-        return {"loss": loss, f"{self.unit}_per_second": speed, "train_seconds": wall, "train_cpu_seconds": cpu}
+        spent = {"train_seconds": wall, "train_cpu_seconds": cpu}
+        spent = {key: self._before[key] + seconds for key, seconds in spent.items()}
+        return {"loss": loss, f"{self.unit}_per_second": speed, **spent}
 
     @contextmanager
     def paused(self, what: str):

@@ -85,12 +85,11 @@ def train(config: Config) -> None:
             monitor.message(f"resumed from {run.checkpoint.path}")
         if config.track.trackers:
             accelerator.init_trackers("offload-trainer")
-        meter = Meter(task.unit, before_master)
+        meter = Meter(task.unit, before_master, monitor.latest)
         if run.checkpoint is None:
             with meter.paused("start"):
                 start(config, run, offloader, monitor)
         last_end = offloader.steps  # of a round
-        settle_from = math.ceil(config.steps * (1 - config.structure.settle))
         if config.track.eval_every and not offloader.steps:
             with meter.paused("evaluation"):
                 first_look = validate(run, offloader)
@@ -100,9 +99,8 @@ def train(config: Config) -> None:
             stopping_together(accelerator) as stop_if_asked,
             kept_when_broken_off(offloader, store, config, monitor),
         ):
+            begin_round(offloader, config)
             for batch in batches(run, offloader.steps, config.steps):
-                if offloader.steps >= settle_from:
-                    offloader.settle()
                 set_learning_rate(offloader.optimizer, config, offloader.steps)
                 parts = run.micro_batches(batch)
                 losses = [train_on(part, offloader, len(parts)) for part in parts]
@@ -114,6 +112,9 @@ def train(config: Config) -> None:
                         step = offloader.steps
                         ended = offloader.between_rounds and step < config.steps
                         validates = ended and due(config.track.eval_every, last_end, step)
+                        saves = ended and due(config.checkpoint.every, last_end, step)
+                        if ended and not validates and not saves:  # before the host waits for the last one's numbers
+                            begin_round(offloader, config)
                         pictured = step == config.steps or (ended and due(config.track.structure_every, last_end, step))
                         if step % config.track.log_every == 0 or validates or pictured:
                             record = {"step": step, **meter.read(accelerator), **measured(run, offloader)}
@@ -130,11 +131,13 @@ def train(config: Config) -> None:
                     if unfinished:
                         with undivided():
                             monitor.log(unfinished)
-                if ended and due(config.checkpoint.every, last_end, step):
+                if saves:
                     with meter.paused("checkpoint"):
                         save_checkpoint(offloader, store, config)
-                last_end = step if ended else last_end
                 stop_if_asked()
+                last_end = step if ended else last_end
+                if offloader.between_rounds:
+                    begin_round(offloader, config)  # before a loader takes its time for the next batch
             offloader.finish_round()
 
         meter.stop()
@@ -142,6 +145,13 @@ def train(config: Config) -> None:
         offloader.finish_round()  # waits for the checkpoint
         monitor.summary(conclude(config, run, offloader, meter, monitor))
     accelerator.end_training()
+
+
+def begin_round(offloader: Offloader, config: Config) -> None:
+    if offloader.steps >= config.exploring_steps:
+        offloader.settle()
+    if offloader.steps < config.steps:
+        offloader.begin_round()
 
 
 def train_on(batch: Any, offloader: Offloader, parts: int) -> Tensor:
@@ -228,7 +238,8 @@ def batches(run: Prepared, first: int, steps: int) -> Iterator[Any]:
     """This rank's share of the batch of every step from `first` on, on the device."""
     # Its own generator: a loader draws a seed when it starts, which must not move the state that dropout draws from.
     order: Any = range(first, steps)
-    loader = DataLoader(run.task.train, batch_size=None, sampler=order, generator=torch.Generator())
+    pin = run.accelerator.device.type == "cuda"  # else the copy to it would not go on by itself
+    loader = DataLoader(run.task.train, batch_size=None, sampler=order, generator=torch.Generator(), pin_memory=pin)
     for batch in loader:
         share = shard(batch, run.accelerator.process_index, run.accelerator.num_processes)
         yield send_to_device(share, run.accelerator.device, non_blocking=True)

@@ -211,6 +211,7 @@ def late_streams(monkeypatch: pytest.MonkeyPatch) -> None:
 
 OVERLAPPING = (
     "adamw",
+    "fused",
     "sgd",
     "reset",
     "every step",

@@ -16,7 +16,7 @@ from offload_trainer.device import workbench
 from offload_trainer.device.swap import Swap
 from offload_trainer.groups import Plan, slice_module
 from offload_trainer.master.master import _require_apart
-from offload_trainer.rounds import Round, require_arguments
+from offload_trainer.round import Round, require_arguments
 
 Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 SGD: Factory = lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4)  # noqa: E731
@@ -579,7 +579,7 @@ def test_under_cuda_graphs_a_second_part_of_a_batch_is_refused() -> None:
     """Its backward pass would overwrite the gradients of the first; elsewhere parts add up."""
     loss = torch.tensor(1.0)
     for undivided in (False, True):
-        running = Round(paired=False, undivided=undivided)
+        running = Round(paired=False, whole_batches=undivided)
         running.add_loss(loss)
         if undivided:
             with pytest.raises(UserError, match="take a step's batch whole"):
@@ -761,12 +761,12 @@ def test_a_loss_of_the_model_itself_or_of_nothing_ends_at_the_first_step() -> No
     ) as trainer:
         with pytest.raises(UserError, match=r"the loss reaches 0.weight of the model itself"):
             run(trainer, data(1))
-        trainer._round = None
+        trainer._rounds.under_way = None
     with offloader(network()) as trainer:
         trainer.loss(data(1)[0])
         with pytest.raises(RuntimeError, match="no parameter of the subnet has a gradient"):
             trainer.step()
-        trainer._round = None
+        trainer._rounds.under_way = None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -34,6 +34,7 @@ BF16 = torch.bfloat16
 CASES: dict[str, dict[str, Any]] = {
     "adamw": {},
     "sgd": {"factory": SGD},
+    "fused": {"factory": lambda params: torch.optim.AdamW(params, lr=3e-3, betas=(0.9, 0.99), fused=True)},
     "reset": {"state": "reset"},
     "vr_pge": {"estimator": "vr_pge", "lr": 0.1},
     "disarm": {"estimator": "disarm", "lr": 0.1},
@@ -298,7 +299,7 @@ def test_a_checkpoint_that_fails_in_the_background_ends_the_run(
         assert find_checkpoint(tmp_path).meta["step"] == 3
         assert trainer.boundary().numbers["steps"] == 6
         assert snapshot.save(trainer, store) == find_checkpoint(tmp_path).path
-        trainer._round = None
+        trainer._rounds.under_way = None
 
 
 def test_what_was_not_gathered_is_not_trained() -> None:
@@ -372,7 +373,7 @@ def test_what_the_background_raises_stops_the_run(tmp_path: Path, monkeypatch: p
                 snapshot.save(trainer, CheckpointStore(tmp_path))
             with pytest.raises((RuntimeError, OSError)):
                 run(trainer, data(12))
-        trainer._round = None
+        trainer._rounds.under_way = None
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -408,21 +409,38 @@ def test_an_interrupt_at_any_moment_neither_hangs_nor_divides_a_write_back(tmp_p
                 assert torch.equal(tensor, states[steps][f"weights {name}"]), (steps, name)
 
 
+@pytest.mark.parametrize("case", ["adamw", "fused"])
+def test_steps_that_are_counted_are_those_that_the_optimizer_counts(case: str) -> None:
+    """Of parameters that now and then get no gradient, too: on a device nobody reads the optimizer's own."""
+    with make("cnn", overlap=True, **CASES[case]) as trainer:
+        for i, batch in enumerate(data(20)):
+            trainer.accelerator.backward(trainer.loss(batch))
+            for j, parameter in enumerate(trainer.subnet.parameters()):
+                if (i + j) % 3 == 0 and i:
+                    parameter.grad = None
+            trainer.step()
+            trainer.begin_round()
+            subnet = trainer._bench.subnet
+            states = {name: subnet.optimizer.state.get(p, {}) for name, p in subnet.parameters.items()}
+            own = {name: float(state["step"]) for name, state in states.items() if state}
+            assert own and own == {name: subnet._steps[name] for name in own}
+
+
 def test_nobody_waits_for_the_end_of_a_round_whose_successor_is_foreseen() -> None:
     """It is concluded once the next one has been given its first step, or where somebody asks what it showed."""
     batches = data(24)
     with make("cnn", overlap=True) as trainer:
         every = trainer.sync_every
         run(trainer, batches[: 2 * every])
-        assert trainer._ended is not None and trainer.between_rounds
+        assert trainer._rounds._ended is not None and trainer.between_rounds
         trainer.accelerator.backward(trainer.loss(batches[2 * every]))
-        assert trainer._ended is not None  # and the next one is under way
+        assert trainer._rounds._ended is not None  # and the next one is under way
         trainer.step()
-        assert trainer._ended is None
+        assert trainer._rounds._ended is None
         run(trainer, batches[2 * every + 1 : 3 * every])
-        assert trainer._ended is not None
+        assert trainer._rounds._ended is not None
         assert trainer.report.difference is not None
-        assert trainer._ended is None
+        assert trainer._rounds._ended is None
 
 
 def test_a_round_that_ended_reaches_the_master_whatever_ends_the_block() -> None:
@@ -435,7 +453,7 @@ def test_a_round_that_ended_reaches_the_master_whatever_ends_the_block() -> None
     with pytest.raises(ArithmeticError), broken:
         torch.manual_seed(5)
         run(broken, batches[: 2 * broken.sync_every])
-        assert broken._ended is not None
+        assert broken._rounds._ended is not None
         raise ArithmeticError
     for name, tensor in broken._master.tensors.items():
         assert torch.equal(tensor, expected[name]), name

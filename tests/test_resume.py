@@ -146,7 +146,7 @@ def test_a_broken_write_back_makes_no_checkpoint(
             trainer.finish_round()
         with pytest.raises(RuntimeError, match="broken off"):
             snapshot.save(trainer, CheckpointStore(tmp_path))
-        trainer._ended = None
+        trainer._rounds._ended = None
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

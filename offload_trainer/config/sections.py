@@ -3,6 +3,7 @@
 A rule that spans keys names them all, dotted, with their values; `explaining` words the others.
 """
 
+import math
 from typing import Annotated, Literal, Self
 
 import yaml
@@ -74,7 +75,8 @@ class StructureConfig(Section):
     schedule_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps that the cubic schedule takes."""
     settle: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the run, at its end, in which s is frozen and the subnet of the largest s is trained; 1: all of it."""
+    """Share of the run, in whole rounds at its end, in which s is frozen and the subnet of the largest s is trained; 1:
+    all of it."""
     result: Literal["top", "best_of"] = "top"
     """The exported subnet: the units of the largest s, or the draw of least training loss."""
     samples: Count = 8
@@ -243,6 +245,12 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     export: ExportConfig = ExportConfig()
     track: TrackConfig = TrackConfig()
+
+    @property
+    def exploring_steps(self) -> int:
+        """Optimizer steps before the run settles, in whole rounds."""
+        steps = self.steps - math.floor(self.steps * self.structure.settle + 1e-9)
+        return -(-steps // self.sync_every) * self.sync_every
 
     def to_yaml(self) -> str:
         """The whole config, defaults included, as a file from which `parse` makes the same config."""

@@ -36,6 +36,12 @@ def unregister(tensor: Tensor) -> None:
     runtime.cudaHostUnregister(tensor.data_ptr())
 
 
+def use(device: torch.device) -> None:
+    """Make it this thread's; a thread's first is GPU 0, on which asking another rank's GPU would open a context too."""
+    if device.type == "cuda":
+        torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device.index)
+
+
 def device_bytes(device: torch.device) -> int | None:
     """Bytes in use by tensors on the device; None on a CPU, whose tensors are host memory."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else None

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from offload_trainer.device import memory
+
 NAME = "transfers"
 Result = TypeVar("Result")
 
@@ -20,14 +22,15 @@ class Pipeline:
     """Does what it is given in order: on one background thread or, without `overlap`, at once.
 
     What a piece of work raises, with its traceback, the next `wait` raises, once; what was to follow it is left out.
-    threads: of torch, within the background thread.
+    device, threads: of torch, within the background thread.
     """
 
-    def __init__(self, *, overlap: bool, threads: int = 1):
+    def __init__(self, device: torch.device, *, overlap: bool, threads: int = 1):
         self._worker: ThreadPoolExecutor | None = None
         if overlap:
             self._worker = ThreadPoolExecutor(1, NAME)
             self._worker.submit(torch.set_num_threads, threads)
+            self._worker.submit(memory.use, device)
         self._given: list[Future[Any]] = []
         self._failed = False
 

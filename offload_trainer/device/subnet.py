@@ -190,11 +190,11 @@ class TrainedSubnet(Subnet):
         by_type: dict[torch.dtype, list[Tensor]] = {}
         for tensor in (*self.parameters.values(), *moments):
             by_type.setdefault(tensor.dtype, []).append(tensor.detach())
-        sums: list[Tensor] = []
+        finite: list[Tensor] = []
         for dtype, tensors in by_type.items():
             wide = {"dtype": torch.float32} if dtype == torch.float16 else {}  # where sums would overflow
-            sums += torch._foreach_norm(tensors, 1, **wide)
-        return torch.stack([one.isfinite() for one in sums]).all()
+            finite.append(torch.stack(torch._foreach_norm(tensors, 1, **wide)).isfinite().all())
+        return torch.stack(finite).all()
 
     def _mixed(self, name: str) -> bool:
         """Whether the parameter's entries may have been trained for different numbers of steps."""

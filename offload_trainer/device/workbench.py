@@ -55,7 +55,7 @@ class Workbench:
         self._new_subnet = partial(TrainedSubnet, device=device, factory=factory, layout=layout, sampled=sampled)
         self.transfer = Transfer(device, overlap=overlap, mover=mover)
         self._swap = Swap(self.transfer, device, in_place=compile == "graphs" or device.type == "cpu")
-        self.pipeline = Pipeline(overlap=overlap, threads=transfer_threads(device, overlap=overlap))
+        self.pipeline = Pipeline(device, overlap=overlap, threads=transfer_threads(device, overlap=overlap))
         self.writeback = WriteBack(master, self.transfer, self.pipeline, overlap=overlap)
         self._subnet: TrainedSubnet | None = None
         self._reference: Subnet | None = None
