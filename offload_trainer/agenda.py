@@ -49,7 +49,7 @@ class Agenda:
         self._structure.set_step(step)
         self._follows = False
         if self.settled or not self._structure.names:
-            return Entry(self.top())
+            return Entry(*self._plans([self._structure.top()]))
         first = self.starts_from_top and not rounds
         compared = self._structure.compares and not first
         if self._reference == "fresh":
@@ -100,8 +100,7 @@ class Agenda:
 
     def top(self) -> Plan:
         """The units of the largest s; all of them where no group is sampled."""
-        (plan,) = self._plans([self._structure.top()])
-        return plan
+        return self._plan(self._structure.top())
 
     def _plans(self, masks: Sequence[Mapping[str, Tensor]], known: Sequence[tuple[Any, Plan]] = ()) -> list[Plan]:
         """Those known from earlier rounds are the same objects, with all the indices they have worked out.

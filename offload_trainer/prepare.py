@@ -42,6 +42,7 @@ from offload_trainer.making import (
     resumable,
 )
 from offload_trainer.master import Checkpoint, Ledger, StateLayout, probe_optimizer, trained_dtype
+from offload_trainer.master.ledger import readable
 from offload_trainer.master.precision import FP32, TYPES, Precision
 from offload_trainer.randomness import put_back
 from offload_trainer.resuming import checkpoint_to_resume, require_resumable
@@ -250,7 +251,7 @@ def decide_keep(config: Config, accelerator: Accelerator, groups: Groups, predic
 
     asked = config.memory.device
     size = None if asked in (None, "auto") else size_in_bytes(asked)
-    room = fitting.device_room(accelerator.device, asked, size)
+    room = fitting.device_room(accelerator.device, asked, size, elsewhere=config.dry_run)
     if asked is None or section.keep is not None or not section.uses_keep:
         return fitting.check_keep(ledger_at, section.share, room, adjustable=section.uses_keep)
     if section.schedule == "cubic":
@@ -283,6 +284,9 @@ def make_forecast(
         notes.append("widths vary from round to round (structure.sampler, budget): these are of plans of the mean size")
     if config.memory.compile:
         notes.append("what torch.compile itself takes (memory.compile) is not counted")
+    asked, free = config.memory.device, memory.device_available(accelerator.device)
+    if asked not in (None, "auto") and free is not None and free < size_in_bytes(asked):
+        notes.append(f"this device has {readable(free)} free, less than memory.device ({asked})")
     if accelerator.device.type == "cuda":
         notes.append("the CUDA context, some hundred MiB of the device, is not counted")
     return Forecast(decision.ledger, tuple(verdicts), decision.reason, link, export, tuple(notes))

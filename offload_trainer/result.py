@@ -39,6 +39,8 @@ def norms_of(module: nn.Module) -> list[_BatchNorm]:
 def recalibrate(module: nn.Module, batches: Sequence[Any], loss_fn: LossFn, accelerator: Accelerator) -> None:
     """Replace BatchNorm's running statistics by those of the batches: a subnet shares them with others until now."""
     norms = norms_of(module)
+    if not norms:
+        return
     module.eval()
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

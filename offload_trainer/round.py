@@ -30,7 +30,9 @@ def require_arguments(
     if compile not in (False, True, "graphs"):
         raise UserError(f"compile ({compile!r}) must be False, True or graphs")
     if not fits:
-        raise UserError("memory.compile needs plans of constant widths: structure.sampler fixed, budget per_group")
+        raise UserError(
+            "memory.compile needs plans of constant widths: structure.sampler fixed, budget per_group, schedule constant"
+        )
 
 
 @dataclass
@@ -95,17 +97,15 @@ class Round:
         assert self._shown is not None
         shown = self._shown.wait()
         losses, difference, credit = shown["losses"], shown.get("difference"), shown.get("credit")
-        bad = (~losses.isfinite()).nonzero().flatten().tolist()
-        wrong = any(one is not None and not bool(one.isfinite().all()) for one in (difference, credit))
-        if not bad and bool(shown["finite"]) and not wrong:
+        bad, within = (~losses.isfinite()).nonzero().flatten().tolist(), self.steps
+        if bad:
+            what, within = f"the loss is {losses[bad[0]].item()}", bad[0] * self.steps // len(losses) + 1
+        elif any(one is not None and not bool(one.isfinite().all()) for one in (difference, credit)):
+            what = "what s learns from, a loss of the reference or a gradient, is not finite"
+        elif not bool(shown["finite"]):
+            what = "a weight is not finite"
+        else:
             return None if difference is None else float(difference), credit
-        within = bad[0] * self.steps // len(losses) + 1 if bad else self.steps
-        what = (
-            "what s learns from, a loss of the reference or a gradient, is not finite"
-            if wrong
-            else "a weight is not finite"
-        )
-        what = f"the loss is {losses[bad[0]].item()}" if bad else what
         raise NotFinite(
             f"{what} at step {steps - self.steps + within}, round {rounds}: the master and the last checkpoint keep "
             "what was before this round; lower optimizer.lr, set optimizer.clip_norm or turn memory.autocast off"

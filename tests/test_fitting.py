@@ -96,6 +96,20 @@ def test_on_a_cpu_auto_leaves_room_for_the_host_side(monkeypatch: pytest.MonkeyP
     assert fitting.host_room() == 20 * GIB
 
 
+def test_a_device_smaller_than_memory_device_says_is_the_limit_but_in_a_dry_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "device_available", lambda _: 10 * GIB)
+    cuda = torch.device("cuda")
+    here = fitting.device_room(cuda, "24GiB", 24 * GIB)
+    assert here is not None and here.size == 10 * GIB
+    assert here.said == "the 10.0 GiB that the device has free, less than memory.device (24GiB)"
+    elsewhere = fitting.device_room(cuda, "24GiB", 24 * GIB, elsewhere=True)
+    assert elsewhere is not None and elsewhere.size == 24 * GIB
+    smaller = fitting.device_room(cuda, "8GiB", 8 * GIB)
+    assert smaller is not None and (smaller.size, smaller.said) == (8 * GIB, "memory.device (8GiB)")
+
+
 # Host and disk
 
 

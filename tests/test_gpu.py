@@ -63,7 +63,10 @@ def offloader(
 
 
 def test_a_slab_is_pinned_at_its_exact_size_and_let_go() -> None:
-    slab = Slab({"a": torch.Size([1000, 77])}, torch.float32, pin=True)
+    before = Slab({"a": torch.Size([1100, 77])}, torch.float32, pin=True)
+    slab = Slab({"a": torch.Size([1000, 77])}, torch.float32, pin=True, over=before)
+    assert slab.flat.data_ptr() == before.flat.data_ptr()
+    before.close()  # nothing of it is left to unpin
     assert slab.flat.is_pinned()
     assert slab.nbytes <= 77_000 * 4 + 128
     slab.close()

@@ -184,3 +184,17 @@ def test_staging_is_reused_while_shapes_stay_and_replaced_when_they_change(pinne
         slab = Slab(shapes, torch.float32)
         moves.fetch({"a": torch.ones(4, 2)}, [(torch.float32, torch.float32, shapes)], [slab], plan, "weights")
         assert slab["a"].shape == (rows, 2) and moves.staging_bytes == slab.nbytes and len(pinned) == 1
+
+
+def test_staging_of_other_widths_lies_in_the_same_memory_while_that_is_large_enough() -> None:
+    """To pin anew, three times a round, would take longer than what is moved."""
+    one = Transfer(torch.device("cpu"), overlap=True)
+    places = []
+    for rows in (40, 30, 40, 50, 20):
+        (staged,) = one.staging_ahead([(torch.float32, torch.bfloat16, {"a": torch.Size([rows, 7])})], "weights")
+        assert staged["a"].shape == (rows, 7) and staged.flat.dtype == torch.bfloat16
+        assert staged.nbytes == 2 * (-(-rows * 7 // 32) * 32)
+        staged.flat.fill_(rows)
+        places.append(staged.flat.data_ptr())
+    assert places[0] == places[1] == places[2] and places[3] == places[4]
+    one.close()

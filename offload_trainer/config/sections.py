@@ -259,7 +259,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         paired, cubic_steps = self.structure.paired_batches, self.structure.schedule_steps
-        if paired > self.sync_every and "paired_batches" in self.structure.model_fields_set:
+        if paired > self.sync_every:
             raise ValueError(f"structure.paired_batches ({paired}) must be <= sync_every ({self.sync_every})")
         if cubic_steps > self.steps:
             raise ValueError(f"structure.schedule_steps ({cubic_steps}) must be <= steps ({self.steps})")
@@ -272,7 +272,11 @@ class Config(Section):
                 f"memory.cuda_graphs (true) needs micro_batches ({self.micro_batches}) to be 1: a second backward pass"
                 " would overwrite the gradients of the first"
             )
-        for key, value, other in (("sampler", "bernoulli", "fixed"), ("budget", "global", "per_group")):
+        for key, value, other in (
+            ("sampler", "bernoulli", "fixed"),
+            ("budget", "global", "per_group"),
+            ("schedule", "cubic", "constant"),
+        ):
             if getattr(self.structure, key) == value and self.memory.compile:
                 raise ValueError(
                     f"memory.compile (true) needs structure.{key} ({value}) to be {other}:"

@@ -224,7 +224,7 @@ class Transfer:
                 self.work.waited += seconds
 
     def staging(self, kinds: Iterable[Layout], slabs: Iterable[Slab], use: str) -> list[Slab]:
-        """Pinned slabs of these layouts, kept while shapes stay the same; a slab of `slabs` where it will do itself."""
+        """Pinned slabs of these layouts, whose memory is kept; a slab of `slabs` where it will do itself."""
         same, use = self._device.type == "cpu" and not self._overlap, use if self._overlap else ""
         return [
             slab if same and dtype == stored else self._staged(stored, shapes, use)
@@ -239,9 +239,7 @@ class Transfer:
         key = (use, dtype, tuple(shapes))
         slab = self._staging.get(key)
         if slab is None or any(slab[name].shape != shape for name, shape in shapes.items()):
-            if slab is not None:
-                self._staging.pop(key).close()
-            self._staging[key] = Slab(shapes, dtype, pin=self._pin)
+            self._staging[key] = Slab(shapes, dtype, pin=self._pin, over=self._staging.pop(key, None))
         return self._staging[key]
 
     def close(self) -> None:

@@ -133,15 +133,20 @@ def host_room() -> int:
     return memory.host_bytes() + memory.host_available() // local_processes()
 
 
-def device_room(device: torch.device, asked: str | None, size: int | None) -> DeviceRoom | None:
+def device_room(
+    device: torch.device, asked: str | None, size: int | None, *, elsewhere: bool = False
+) -> DeviceRoom | None:
     """What the device may hold.
 
     asked: `memory.device` as the config says it, and its `size` in bytes unless that is auto or null. Null means what
-    is free, or no limit on a CPU, where the host's room is the limit.
+    is free, or no limit on a CPU, where the host's room is the limit. elsewhere: a size is of a device that may not be
+    this one, as in a dry run; else what is free here is the limit where it is less.
     """
-    if size is not None:
-        return DeviceRoom(size, f"memory.device ({asked})")
     free = memory.device_available(device)
+    if size is not None:
+        if elsewhere or free is None or free >= size:
+            return DeviceRoom(size, f"memory.device ({asked})")
+        return DeviceRoom(free, f"the {readable(free)} that the device has free, less than memory.device ({asked})")
     if asked == "auto":
         there = host_room() if free is None else free
         said = f"memory.device (auto, {USABLE:.0%} of the {readable(there)} available)"

@@ -49,6 +49,8 @@ class Slab(Mapping[str, Tensor]):
     zeros: filled with zeros, whose pages take memory of a host only once they are touched.
     folder: mapped from a file there that has no name, so that it is gone with the process however that ends. The disk's
         room is taken at once. It begins as zeros.
+    over: another slab on the same device, of the same type and pinned alike, that nobody needs any more: its memory is
+        taken over if it is large enough, and freed if not.
     """
 
     def __init__(
@@ -60,19 +62,26 @@ class Slab(Mapping[str, Tensor]):
         pin: bool = False,
         zeros: bool = False,
         folder: Path | None = None,
+        over: "Slab | None" = None,
     ):
         numel = sum(_padded(shape.numel()) for shape in shapes.values())
         where = str(folder or device)
+        self._pinned = False
+        if over is not None and over._memory.numel() < numel:
+            over.close()
+            over = None
         try:
-            if folder is not None and numel:
-                self.flat = _mapped(folder, numel, dtype)
+            if over is not None:
+                self._memory, self._pinned, over._pinned = over._memory, over._pinned, False
+            elif folder is not None and numel:
+                self._memory = _mapped(folder, numel, dtype)
             else:
-                self.flat = (torch.zeros if zeros else torch.empty)(numel, dtype=dtype, device=device)
+                self._memory = (torch.zeros if zeros else torch.empty)(numel, dtype=dtype, device=device)
         except (RuntimeError, OSError) as error:
             gib, why = numel * dtype.itemsize / 2**30, getattr(error, "strerror", None) or error
             raise UserError(f"cannot allocate a slab of {gib:.2f} GiB on {where}: {why}".splitlines()[0]) from error
-        self._pinned = False
-        if pin:
+        self.flat = self._memory[:numel]
+        if pin and not self._pinned:
             self.flat.zero_()
             self.pin()
         self._views: dict[str, Tensor] = {}
@@ -101,18 +110,18 @@ class Slab(Mapping[str, Tensor]):
 
     def pin(self) -> None:
         """Register exactly these bytes with CUDA (no rounding up); what is in them stays."""
-        if self.flat.numel() and not self._pinned:
-            memory.register(self.flat)
+        if self._memory.numel() and not self._pinned:
+            memory.register(self._memory)
             self._pinned = True
 
     def close(self) -> None:
         """Unpin. The views stay valid for as long as somebody holds them."""
         if self._pinned:
-            memory.unregister(self.flat)
+            memory.unregister(self._memory)
             self._pinned = False
 
     def __del__(self) -> None:
-        # Memory must not be freed while CUDA holds it pinned. (`flat` is missing when allocating it failed.)
+        # Memory must not be freed while CUDA holds it pinned. (It is missing when allocating it failed.)
         if getattr(self, "_pinned", False):
             self.close()
 

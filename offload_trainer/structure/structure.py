@@ -23,8 +23,8 @@ from offload_trainer.structure.starts import polarised
 class Structure:
     """Probabilities s of the units of the sampled groups, on the CPU.
 
-    A round calls `set_step(step)`, `pair()` (or `follow()` and, before its end, `look_ahead()`) and `update`. All
-    follows from `seed` and those numbers, so ranks that share them draw the same masks.
+    A round calls `set_step(step)`, `pair()` (or `follow()` and, before its end, `look_ahead()`), `trained` and
+    `update`. All follows from `seed` and those numbers, so ranks that share them draw the same masks.
 
     groups: any iterable of objects with `name` and `units`, such as `Groups`.
     keep: keep ratio of every group, in (0, 1]; not used when `per_group_keep` is given.
