@@ -1,4 +1,4 @@
-"""What a config asks for, made: accelerator, structure, optimizer; and what of it a resumed run must share."""
+"""What a config asks for, made: accelerator, structure, optimizer and its rate; and what of it a resumed run must share."""
 
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -147,6 +147,24 @@ def optimizer_factory(section: OptimizerConfig) -> OptimizerFactory:
         return torch.optim.AdamW([g for g in groups if g["params"]], lr=section.lr, betas=section.betas, fused=fused)
 
     return make
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:
+    rate = config.optimizer.lr * learning_rate_factor(config, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def learning_rate_factor(config: Config, step: int) -> float:
+    """Share of the peak rate at a step: a linear warm-up, then constant, cosine or linear down to `min_lr_ratio`."""
+    section = config.optimizer
+    if step < section.warmup_steps:
+        return (step + 1) / section.warmup_steps
+    progress = (step - section.warmup_steps) / max(1, config.steps - section.warmup_steps)
+    left = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[
+        section.schedule
+    ]
+    return section.min_lr_ratio + (1 - section.min_lr_ratio) * left
 
 
 def resumable(config: Config) -> dict[str, object]:

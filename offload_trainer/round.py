@@ -31,7 +31,7 @@ def require_arguments(
         raise UserError(f"compile ({compile!r}) must be False, True or graphs")
     if not fits:
         raise UserError(
-            "memory.compile needs plans of constant widths: structure.sampler fixed, budget per_group, schedule constant"
+            "memory.compile needs constant widths: structure.sampler fixed, budget per_group, schedule constant"
         )
 
 

@@ -1,6 +1,5 @@
 """A run, top to bottom."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -21,7 +20,7 @@ from offload_trainer.evaluation import evaluate, evaluate_full
 from offload_trainer.files.writing import sole_writer
 from offload_trainer.forecast.show import show_forecast
 from offload_trainer.groups import Plan
-from offload_trainer.making import master_folder, resumable
+from offload_trainer.making import master_folder, resumable, set_learning_rate
 from offload_trainer.master import CheckpointStore, set_aside, whole_folder
 from offload_trainer.master.interrupts import undivided
 from offload_trainer.monitor import Monitor
@@ -249,24 +248,6 @@ def device_memory(device: torch.device, held: int) -> dict[str, int]:
     """Peak of the device's memory; on a CPU, which does not tell, what the subnet held from step to step."""
     peak = memory.device_peak(device)
     return {"device_held_bytes": held} if peak is None else {"device_peak_bytes": peak}
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:
-    rate = config.optimizer.lr * learning_rate_factor(config, step)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-def learning_rate_factor(config: Config, step: int) -> float:
-    """Share of the peak rate at a step: a linear warm-up, then constant, cosine or linear down to `min_lr_ratio`."""
-    section = config.optimizer
-    if step < section.warmup_steps:
-        return (step + 1) / section.warmup_steps
-    progress = (step - section.warmup_steps) / max(1, config.steps - section.warmup_steps)
-    left = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[
-        section.schedule
-    ]
-    return section.min_lr_ratio + (1 - section.min_lr_ratio) * left
 
 
 def due(every: int, previous: int, step: int) -> bool:

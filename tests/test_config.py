@@ -245,6 +245,13 @@ def test_key_of_another_kind_of_task_is_a_mistake(tmp_path: Path):
             {"structure": {"budget": "global"}, "memory": {"compile": True}},
             "memory.compile (true) needs structure.budget (global) to be per_group",
         ),
+        (
+            {
+                "structure": {"schedule": "cubic", "start_keep": 1.0, "schedule_steps": 10},
+                "memory": {"compile": True},
+            },
+            "memory.compile (true) needs structure.schedule (cubic) to be constant",
+        ),
         ({"structure": {"keep": 0.1, "groups": {"a": 0.5}}}, "structure.keep (0.1) has no effect"),
         ({"task": TEXT | {"model": {}}}, "task.model ({}) must name its model_type"),
         ({"task": None}, "task.kind is missing: it must be one of causal_lm, image_classification, custom"),

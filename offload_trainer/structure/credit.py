@@ -22,8 +22,8 @@ FEATURES = 2
 class Credit:
     """Features of each unit; all flat vectors over the sampled units."""
 
-    def __init__(self, units: int, dtype: torch.dtype = torch.float32):
-        self.features = torch.zeros(FEATURES, units, dtype=dtype, device="cpu")
+    def __init__(self, units: int):
+        self.features = torch.zeros(FEATURES, units, dtype=torch.float32, device="cpu")
         self.seen = torch.zeros(units, dtype=torch.bool, device="cpu")
 
     def see(self, mask: Tensor, features: Tensor) -> None:
