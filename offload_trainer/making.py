@@ -1,5 +1,6 @@
-"""What a config asks for, made: accelerator, structure, optimizer and its rate; and what of it a resumed run must share."""
+"""What a config asks for, made: accelerator, structure, optimizer, rate; and what of it a resumed run must share."""
 
+import math
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
