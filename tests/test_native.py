@@ -97,7 +97,7 @@ def test_write_back_is_the_plain_one(case: tuple[Tensor, Index], delta: bool, th
     plain = scatter_from(values, expected, index, delta=delta)
     squared = KERNELS.scatter([(values, full, index)], delta=delta, threads=threads)
     assert torch.equal(bits(full), bits(expected))
-    assert squared == pytest.approx(plain, rel=1e-6)
+    assert squared == pytest.approx(plain, rel=1e-5)  # torch's sum is in float32
 
 
 def test_entries_outside_survive_whatever_they_hold() -> None:

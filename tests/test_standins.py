@@ -7,8 +7,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from offload_trainer import run, standins
+from offload_trainer import run
 from offload_trainer.groups import Plan, find_groups, slice_module
+from offload_trainer.initial import standins
 from offload_trainer.initial.standins import in_parts, linear_readers, scratch_bytes, stand_in
 from tests import models, runs
 from tests.test_importance import llama, llm_loss

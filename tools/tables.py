@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from itertools import groupby
@@ -167,12 +168,35 @@ def storage(records: Records) -> Iterator[str]:
         )
 
 
+def shrink(records: Records) -> Iterator[str]:
+    """A row for each contender of a comparison: runs as long as one another, on the same held-out text."""
+
+    def comparison(record: dict[str, Any]) -> str:
+        steps = record["details"]["steps"]
+        if "other held-out" in record["case"]:
+            return "for as long, other held-out text"
+        return "for as long" if steps > 100 else f"{steps} steps"
+
+    yield "| compared | contender | perplexity before training | after | steps | minutes |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: |"
+    by_name: dict[tuple[str, str], Records] = {}
+    for record in records:
+        by_name.setdefault((comparison(record), record["case"].partition(", seed")[0]), []).append(record)
+    for (where, name), found in sorted(by_name.items(), key=lambda one: one[0][0]):
+        details = [record["details"] for record in found]
+        before = ", ".join(f"{math.exp(d['points'][0][2]):,.0f}" for d in details)
+        after = ", ".join(f"{record['value']:,.1f}" for record in found)
+        minutes = ", ".join(f"{d['wall_seconds'] / 60:.0f}" for d in details)
+        yield f"| {where} | {name} | {before} | {after} | {details[0]['steps']} | {minutes} |"
+
+
 LAYOUTS: dict[str, Callable[[Records], Iterator[str]]] = {
     "peers": peers,
     "scale": scale,
     "start": start,
     "storage": storage,
     "larger": larger,
+    "shrink": shrink,
     **{name: part.rows for name, part in PARTS.items()},
 }
 
@@ -187,7 +211,12 @@ def of(name: str, without: str = "") -> Callable[[Records], Iterator[str]]:
 
 
 PAGES: dict[Path, dict[str, Callable[[Records], Iterator[str]]]] = {
-    ROOT / "README.md": {"aims": aims, "storage": of("storage"), "frontier": of("frontier", "at a rate of")},
+    ROOT / "README.md": {
+        "aims": aims,
+        "storage": of("storage"),
+        "frontier": of("frontier", "at a rate of"),
+        "shrink": of("shrink"),
+    },
     RESULTS / "README.md": {"results": lines},
 }
 """Each table stands between comments of its name."""

@@ -189,8 +189,9 @@ class Trial:
                 loss.backward()
                 self._crediting.add(plan, dict(module.named_parameters()))
             losses.append(loss.item())
-        said = self._crediting.take(Plan(self._groups, self._pool.kept(masks[0])))
-        assert said is not None
+        means = self._crediting.take()
+        assert means is not None
+        said = self._crediting.by_group(means, Plan(self._groups, self._pool.kept(masks[0])))
         return masks, losses[0] - losses[1], torch.cat([said[name].cpu() for name in self._pool.names], 1)
 
 
