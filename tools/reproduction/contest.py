@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-steps", type=int, default=58_600, help="of --batch images (default: 58,600)")
     parser.add_argument("--batch", type=int, default=256, help="images in a batch (default: 256)")
     parser.add_argument("--width", type=float, default=0.25, help="of the small VGG-19's channels (default: 0.25)")
+    parser.add_argument("--decay", type=float, help="weight decay of the images' runs (default: the config's)")
     parser.add_argument("--limit", type=int, help="images to train on (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the contenders, by name (x for ×, 0.5 for ½)")
@@ -84,6 +85,7 @@ def train(setting: Setting, options: argparse.Namespace, task: str, one: Contend
         arguments += ["--task.data", options.data, "--task.width", options.width * one.times]
         arguments += ["--task.batch_size", options.batch]
         arguments += ["--task.limit", options.limit] if options.limit else []
+        arguments += ["--optimizer.weight_decay", options.decay] if options.decay is not None else []
         arguments += SHORT if setting.quick else []
     if one.keys is None:
         arguments += [*WHOLE, "--structure.settle", 0]
@@ -111,7 +113,9 @@ def contest(
     for task in options.tasks:
         steps = options.text_steps if task == "text" else options.image_steps
         size = f"Llama, {steps} steps" if task == "text" else f"VGG-19 width {options.width:g}, {steps} steps"
-        size += f", {options.limit} images" if task == "image" and options.limit else ""
+        if task == "image":
+            size += f", {options.limit} images" if options.limit else ""
+            size += f", weight decay {options.decay:g}" if options.decay is not None else ""
         for seed in options.seeds:
             first: Run | None = None
             for one in wanted:
