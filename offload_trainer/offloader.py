@@ -9,9 +9,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from offload_trainer import memory
 from offload_trainer.agenda import Agenda, Reference
 from offload_trainer.batches import loose
-from offload_trainer.device import memory, ranks
+from offload_trainer.device import ranks
 from offload_trainer.device.crediting import LAST, Crediting
 from offload_trainer.device.movers import Choice, choose_mover
 from offload_trainer.device.processes import require_supported, transfer_threads

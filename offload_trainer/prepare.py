@@ -10,20 +10,22 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 
-from offload_trainer import tasks
+from offload_trainer import memory, tasks
 from offload_trainer.batches import batch_rows, pieces, shard
 from offload_trainer.config import Config, Custom
 from offload_trainer.config.base import size_in_bytes
-from offload_trainer.device import memory, ranks
-from offload_trainer.device.footprint import optimizer_cost
+from offload_trainer.device import ranks
 from offload_trainer.device.link import probe_link
 from offload_trainer.device.movers import choose_mover
 from offload_trainer.device.processes import transfer_threads
 from offload_trainer.errors import UserError
 from offload_trainer.evaluation import computing_narrow
+from offload_trainer.files.format import readable
 from offload_trainer.files.writing import require_savable
 from offload_trainer.forecast import fitting
 from offload_trainer.forecast.fitting import Decision
+from offload_trainer.forecast.footprint import optimizer_cost
+from offload_trainer.forecast.ledger import Ledger
 from offload_trainer.forecast.passes import Passes
 from offload_trainer.forecast.predictor import Predictor
 from offload_trainer.forecast.show import Forecast
@@ -41,8 +43,7 @@ from offload_trainer.making import (
     require_same_config,
     resumable,
 )
-from offload_trainer.master import Checkpoint, Ledger, StateLayout, probe_optimizer, trained_dtype
-from offload_trainer.master.ledger import readable
+from offload_trainer.master import Checkpoint, StateLayout, probe_optimizer, trained_dtype
 from offload_trainer.master.precision import FP32, TYPES, Precision
 from offload_trainer.randomness import put_back
 from offload_trainer.resuming import checkpoint_to_resume, require_resumable

@@ -10,11 +10,10 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from offload_trainer import snapshot
+from offload_trainer import memory, snapshot
 from offload_trainer.batches import shard
 from offload_trainer.config import Config
 from offload_trainer.config.base import size_in_bytes
-from offload_trainer.device import memory
 from offload_trainer.errors import NotFinite, UserError
 from offload_trainer.evaluation import evaluate, evaluate_full
 from offload_trainer.files.writing import sole_writer

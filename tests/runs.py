@@ -19,8 +19,7 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from offload_trainer import UserError, train
-from offload_trainer.device import memory
+from offload_trainer import UserError, memory, train
 
 FRESH = multiprocessing.get_context("forkserver")
 """Its processes are forks of one that has imported what takes seconds, and done nothing else."""

@@ -11,10 +11,9 @@ from accelerate import Accelerator
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
-from offload_trainer import UserError, making, train
+from offload_trainer import UserError, making, memory, train
 from offload_trainer import offloader as offloader_module
 from offload_trainer.config import Config
-from offload_trainer.device import memory
 from offload_trainer.files.writing import sole_writer
 from offload_trainer.master import CheckpointStore
 from offload_trainer.monitor import Monitor

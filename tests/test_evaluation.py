@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from offload_trainer.batches import pieces
-from offload_trainer.device.footprint import LiveBytes, forward_footprint, skeleton
 from offload_trainer.evaluation import evaluate_full, streamed
+from offload_trainer.forecast.footprint import LiveBytes, forward_footprint, skeleton
 from offload_trainer.groups import Groups, Plan
 from offload_trainer.groups.slicing import named_tensors
 from offload_trainer.result import recalibrate_master

@@ -8,13 +8,14 @@ import pytest
 import torch
 from rich.console import Console
 
+from offload_trainer import memory
 from offload_trainer.config import parse
-from offload_trainer.device import memory
 from offload_trainer.device.link import Link, probe_link
+from offload_trainer.files.format import readable
 from offload_trainer.forecast import fitting
 from offload_trainer.forecast.fitting import DeviceRoom, Verdict, check_keep, choose_keep, largest_keep
+from offload_trainer.forecast.ledger import Ledger, Phase
 from offload_trainer.forecast.show import Forecast
-from offload_trainer.master.ledger import Ledger, Phase, readable
 from offload_trainer.prepare import prepare
 from offload_trainer.run import main
 from tests.runs import config, metrics

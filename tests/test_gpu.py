@@ -11,8 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from offload_trainer import Group, Groups, Offloader, Plan, Slot, Structure, find_groups, snapshot
-from offload_trainer.device import elements, memory, transfer, workbench
+from offload_trainer import Group, Groups, Offloader, Plan, Slot, Structure, find_groups, memory, snapshot
+from offload_trainer.device import elements, transfer, workbench
 from offload_trainer.device.streams import Lane, Mark
 from offload_trainer.device.swap import Swap
 from offload_trainer.device.transfer import LINK_CHUNK, Transfer

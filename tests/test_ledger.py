@@ -15,22 +15,22 @@ from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from offload_trainer import Offloader, Structure, find_groups, verify_groups
+from offload_trainer import Offloader, Structure, find_groups, memory, verify_groups
 from offload_trainer.batches import batch_rows, pieces
-from offload_trainer.device import memory
-from offload_trainer.device.footprint import (
+from offload_trainer.evaluation import evaluate_full
+from offload_trainer.forecast.footprint import (
     LiveBytes,
     forward_footprint,
     optimizer_cost,
     skeleton,
     training_footprint,
 )
-from offload_trainer.evaluation import evaluate_full
+from offload_trainer.forecast.ledger import Ledger, Phase
 from offload_trainer.forecast.passes import Passes
 from offload_trainer.forecast.predictor import PROVED_WHOLE, Predictor
 from offload_trainer.groups import Groups, Plan, slice_module
 from offload_trainer.groups.slicing import named_tensors
-from offload_trainer.master import Ledger, Phase, StateLayout, probe_optimizer
+from offload_trainer.master import StateLayout, probe_optimizer
 from offload_trainer.master.precision import FP32, Precision
 from offload_trainer.result import recalibrate_master
 from offload_trainer.run import main

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from offload_trainer import Offloader, Structure, UserError, find_groups, snapshot
-from offload_trainer.device import memory, transfer, workbench
+from offload_trainer import Offloader, Structure, UserError, find_groups, memory, snapshot
+from offload_trainer.device import transfer, workbench
 from offload_trainer.device.elements import gather_into, patch
 from offload_trainer.device.movers import Plain
 from offload_trainer.device.pipeline import Pipeline, in_background

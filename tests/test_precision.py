@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offload_trainer import Offloader, Structure, UserError, find_groups, snapshot
-from offload_trainer.device import memory, transfer
+from offload_trainer import Offloader, Structure, UserError, find_groups, memory, snapshot
+from offload_trainer.device import transfer
 from offload_trainer.device.transfer import Layout, Transfer
 from offload_trainer.groups import Group, Groups, Plan, Slot
 from offload_trainer.groups.slicing import named_tensors

@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offload_trainer.device import elements, memory, transfer
+from offload_trainer import memory
+from offload_trainer.device import elements, transfer
 from offload_trainer.device.elements import gather_into, on_device, patch, scatter_from
 from offload_trainer.device.transfer import Layout, Transfer
 from offload_trainer.groups import Group, Groups, Plan, Slot

@@ -17,7 +17,7 @@ from typing import Any
 from reproduction.pictures import inline, new_figure
 
 from offload_trainer.errors import UserError
-from offload_trainer.master.ledger import readable
+from offload_trainer.files.format import readable
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1080px; margin: 2rem auto; padding: 0 1rem }

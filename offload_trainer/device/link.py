@@ -6,7 +6,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from offload_trainer.device import memory
+from offload_trainer import memory
 from offload_trainer.master.slab import Slab
 
 PROBED = 2**26

@@ -7,7 +7,7 @@ from typing import Literal, Protocol, get_args
 
 import torch
 
-from offload_trainer.device import memory
+from offload_trainer import memory
 from offload_trainer.device.elements import Pair, gather_into, scatter_from
 from offload_trainer.device.native import Kernels, NotCompiled, load_kernels
 from offload_trainer.errors import UserError

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from offload_trainer.device import memory
+from offload_trainer import memory
 
 NAME = "transfers"
 Result = TypeVar("Result")

@@ -19,7 +19,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from offload_trainer.device import memory
+from offload_trainer import memory
 from offload_trainer.device.elements import norm
 from offload_trainer.device.movers import Mover, Plain
 from offload_trainer.device.pipeline import in_background

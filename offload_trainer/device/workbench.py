@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from offload_trainer.device import memory
+from offload_trainer import memory
 from offload_trainer.device.movers import Mover
 from offload_trainer.device.pipeline import Pipeline, in_background
 from offload_trainer.device.processes import transfer_threads

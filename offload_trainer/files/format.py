@@ -1,4 +1,4 @@
-"""What safetensors files are called and how they name types, for reading and writing alike."""
+"""What safetensors files are called and how they name types, for reading and writing alike; and sizes, in words."""
 
 import torch
 
@@ -20,3 +20,12 @@ DTYPES = {
     "C64": torch.complex64,
 }
 """Names of the dtypes that are read and written; others (8 bits and less) store quantized weights."""
+
+
+def readable(size: float) -> str:
+    """Bytes in a unit that leaves one to four digits before the point."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.{0 if unit == 'B' else 1}f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} TiB"

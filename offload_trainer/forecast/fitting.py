@@ -11,11 +11,12 @@ from pathlib import Path
 import psutil
 import torch
 
-from offload_trainer.device import memory
+from offload_trainer import memory
 from offload_trainer.device.processes import local_processes
 from offload_trainer.errors import UserError
+from offload_trainer.files.format import readable
+from offload_trainer.forecast.ledger import Bytes, Ledger, largest
 from offload_trainer.master.checkpoint import followed
-from offload_trainer.master.ledger import Bytes, Ledger, largest, readable
 
 GRID = 100
 """Keep ratios that are chosen are whole multiples of a hundredth."""

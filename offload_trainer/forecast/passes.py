@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from offload_trainer.batches import batch_rows, pieces
-from offload_trainer.device import footprint
-from offload_trainer.device.footprint import Footprint
 from offload_trainer.errors import UserError
+from offload_trainer.forecast import footprint
+from offload_trainer.forecast.footprint import Footprint
 from offload_trainer.groups import Groups, Plan
 from offload_trainer.groups.observing import quiet
 from offload_trainer.groups.slicing import named_tensors

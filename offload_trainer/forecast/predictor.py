@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from offload_trainer.device import footprint, memory
+from offload_trainer import memory
 from offload_trainer.device.elements import CHUNK
-from offload_trainer.device.footprint import OptimizerCost
 from offload_trainer.device.link import PROBED
+from offload_trainer.forecast import footprint
+from offload_trainer.forecast.footprint import OptimizerCost
+from offload_trainer.forecast.ledger import Ledger, Phase
 from offload_trainer.forecast.passes import Passes
+from offload_trainer.forecast.sizes import Sizes
 from offload_trainer.groups import Plan
 from offload_trainer.groups.slicing import named_tensors
 from offload_trainer.initial import standins
-from offload_trainer.master.ledger import Ledger, Phase
 from offload_trainer.master.master import master_bytes
 from offload_trainer.master.moments import OptimizerFactory, StateLayout, trained_dtype
 from offload_trainer.master.precision import Precision
-from offload_trainer.master.sizes import Sizes
 
 LOADING = 2**23
 """Bytes of the pieces in which stored weights are read and converted."""

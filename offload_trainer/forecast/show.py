@@ -8,8 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from offload_trainer.device.link import Link
+from offload_trainer.files.format import readable
 from offload_trainer.forecast.fitting import Verdict
-from offload_trainer.master.ledger import Ledger, readable
+from offload_trainer.forecast.ledger import Ledger
 
 NAME, SIZE, BAR = 28, 10, 12
 """Characters of the columns, which fit a terminal of 80."""

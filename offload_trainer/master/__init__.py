@@ -1,7 +1,6 @@
-"""The full-size parameters, buffers and optimizer state in host memory, their checkpoints, and the ledger."""
+"""The full-size parameters, buffers and optimizer state in host memory, and their checkpoints."""
 
 from offload_trainer.master.checkpoint import Checkpoint, CheckpointStore, find_checkpoint, set_aside, whole_folder
-from offload_trainer.master.ledger import Ledger, Phase
 from offload_trainer.master.master import Master
 from offload_trainer.master.moments import StateLayout, probe_optimizer, trained_dtype
 from offload_trainer.master.precision import FP32, Precision
@@ -11,9 +10,7 @@ __all__ = [
     "FP32",
     "Checkpoint",
     "CheckpointStore",
-    "Ledger",
     "Master",
-    "Phase",
     "Precision",
     "Slab",
     "StateLayout",

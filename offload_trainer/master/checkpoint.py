@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from offload_trainer.errors import UserError
-from offload_trainer.files.format import DTYPES
+from offload_trainer.files.format import DTYPES, readable
 from offload_trainer.files.reading import read_header
 from offload_trainer.files.writing import dtype_name, file_bytes, file_crc, write_safetensors
 from offload_trainer.master.interrupts import undivided
-from offload_trainer.master.ledger import readable
 
 META = "checkpoint.json"
 FORMAT = 5

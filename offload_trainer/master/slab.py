@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from offload_trainer.device import memory
+from offload_trainer import memory
 from offload_trainer.errors import UserError
 
 ALIGNMENT = 32

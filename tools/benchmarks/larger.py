@@ -22,9 +22,8 @@ from benchmarks.peers.comparison import environment
 from benchmarks.peers.sizes import SIZES, Size, fill, save_activations
 from benchmarks.peers.trainer import ADAMW
 from benchmarks.records import Record, Setting
-from offload_trainer import Offloader, Structure, find_groups
+from offload_trainer import Offloader, Structure, find_groups, memory
 from offload_trainer.config import CausalLM
-from offload_trainer.device import memory
 from offload_trainer.errors import UserError
 from offload_trainer.master.precision import TYPES, Precision
 from offload_trainer.tasks import build_task

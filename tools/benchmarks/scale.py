@@ -23,8 +23,7 @@ from benchmarks.peers.sizes import fill
 from benchmarks.records import Record, Setting
 from benchmarks.timing import times_faster
 from benchmarks.workloads import llama, on_device
-from offload_trainer import Offloader, Structure
-from offload_trainer.device import memory
+from offload_trainer import Offloader, Structure, memory
 from offload_trainer.errors import UserError
 
 TOOLS = Path(__file__).parents[1]

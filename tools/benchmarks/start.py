@@ -22,8 +22,7 @@ import yaml
 from benchmarks.peers.sizes import SIZES
 from benchmarks.records import Record, Setting
 from benchmarks.timing import times_faster
-from offload_trainer import prepare, run, tasks, train
-from offload_trainer.device import memory
+from offload_trainer import memory, prepare, run, tasks, train
 from offload_trainer.errors import UserError
 
 TOOLS = Path(__file__).parents[1]

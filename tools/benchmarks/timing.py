@@ -6,7 +6,7 @@ from time import perf_counter
 
 import torch
 
-from offload_trainer.device import memory
+from offload_trainer import memory
 
 Seconds = Mapping[str, Sequence[float]]
 """Contender → seconds of each repeat."""

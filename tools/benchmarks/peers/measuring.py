@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from benchmarks.peers.sizes import Size
 from benchmarks.peers.trainer import Trainer
-from offload_trainer.device import memory
+from offload_trainer import memory
 
 Shape = tuple[int, ...]
 """(batch, heads, tokens, features of a head)."""

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from offload_trainer.files.format import readable
+
 Bytes = Mapping[str, int]
 """What holds memory → how many bytes."""
 
@@ -94,12 +96,3 @@ def largest(entries: Bytes, count: int = 3) -> str:
     """The entries that hold most, in words."""
     first = sorted(entries.items(), key=lambda entry: -entry[1])[:count]
     return ", ".join(f"{name} {readable(size)}" for name, size in first)
-
-
-def readable(size: float) -> str:
-    """Bytes in a unit that leaves one to four digits before the point."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024:
-            return f"{size:.{0 if unit == 'B' else 1}f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} TiB"

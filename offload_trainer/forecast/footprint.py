@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from offload_trainer.device import memory
+from offload_trainer import memory
 from offload_trainer.groups.experts import countable_on_fake_tensors
 from offload_trainer.groups.plan import Plan
 from offload_trainer.groups.slicing import named_tensors, rebuild
