@@ -66,6 +66,7 @@ class Monitor:
         self.console = console or Console(force_terminal=True if display == "rich" else None)
         terminal = self.console.is_terminal and not self.console.is_dumb_terminal
         self.latest: Record = {"step": first_step}
+        self.validated = -1  # step of the last validation on record
         self.losses: dict[int, float] = {}  # column of the chart → the last loss that falls into it
         self.histogram: list[float] = []  # units in each of WIDTH equal parts of [0, 1]
         self.started = time.monotonic()
@@ -192,6 +193,7 @@ class Monitor:
 
     def remember(self, record: Record) -> None:
         self.latest |= record
+        self.validated = record["step"] if any(key.startswith("val_") for key in record) else self.validated
         if isinstance(record.get("loss"), int | float):
             self.losses[min(WIDTH - 1, WIDTH * record["step"] // self.steps)] = record["loss"]
 

@@ -14,6 +14,7 @@ from offload_trainer import memory, snapshot
 from offload_trainer.batches import shard
 from offload_trainer.config import Config
 from offload_trainer.config.base import size_in_bytes
+from offload_trainer.device import ranks
 from offload_trainer.errors import NotFinite, UserError
 from offload_trainer.evaluation import evaluate, evaluate_full
 from offload_trainer.files.writing import sole_writer
@@ -88,10 +89,13 @@ def train(config: Config) -> None:
             with meter.paused("start"):
                 start(config, run, offloader, monitor)
         last_end = offloader.steps  # of a round
-        if config.track.eval_every and not offloader.steps:
+        # Before the first step, or where a validation was broken off: the main process has the records.
+        missing = due(config.track.eval_every, monitor.validated, last_end) and last_end < config.steps
+        if ranks.anywhere(accelerator, accelerator.is_main_process and missing):
             with meter.paused("evaluation"):
                 first_look = validate(run, offloader)
-            monitor.log({"step": 0, "train_seconds": 0.0, "train_cpu_seconds": 0.0, **first_look})
+            times = {key: monitor.latest.get(key, 0.0) for key in ("train_seconds", "train_cpu_seconds")}
+            monitor.log({"step": last_end, **times, **first_look})
 
         with (
             stopping_together(accelerator) as stop_if_asked,

@@ -130,7 +130,7 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path, sto
 def test_an_interrupt_in_the_last_step_of_a_round_leaves_its_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though a validation is due after it."""
+    """Though a validation is due after it, which the resumed run makes up for."""
     step = Offloader.step
 
     def interrupted(self: Offloader) -> None:
@@ -138,9 +138,17 @@ def test_an_interrupt_in_the_last_step_of_a_round_leaves_its_record(
         if self.steps == 8:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(Offloader, "step", interrupted)
-    assert main(["--config", str(config(tmp_path, **custom("blobs"), **{"track.eval_every": 4}))]) == INTERRUPTED
+    file = str(config(tmp_path, **custom("blobs"), **{"track.eval_every": 4}))
+    with monkeypatch.context() as once:
+        once.setattr(Offloader, "step", interrupted)
+        assert main(["--config", file]) == INTERRUPTED
     assert [record["step"] for record in metrics(tmp_path / "out")] == [0, *range(1, 9)]
+    assert main(["--config", file, "--resume", "auto"]) == 0
+    assert main(["--config", file, "--out", str(tmp_path / "whole")]) == 0
+    parts, whole = (metrics(tmp_path / out) for out in ("out", "whole"))
+    seen, expected = ({r["step"]: r["val_loss"] for r in run if "val_loss" in r} for run in (parts, whole))
+    assert seen == expected and 8 in seen
+    assert [r["train_seconds"] for r in parts] == sorted(r["train_seconds"] for r in parts)
 
 
 def test_what_somebody_put_beside_an_export_is_moved_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -287,7 +295,9 @@ def test_two_processes_give_the_losses_of_one(
     further = ["--config", file, "--resume", "auto", "--steps", str(firsts[-1]["step"] + 4)]
     for out in (one, two):
         assert main([*further, "--out", out]) == 0
-    more, others = (metrics(Path(out))[len(firsts) + 1 :] for out in (one, two))
+    (end, *more), (other, *others) = (metrics(Path(out))[len(firsts) + 1 :] for out in (one, two))
+    assert end["step"] == other["step"] == firsts[-1]["step"]  # is validated now that it is not the last any more
+    assert other["val_loss"] == pytest.approx(end["val_loss"], rel=1e-4)
     assert [record["loss"] for record in others] == pytest.approx([record["loss"] for record in more], rel=1e-4)
     assert len(more) == 4
 
