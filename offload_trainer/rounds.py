@@ -73,8 +73,10 @@ class Rounds:
 
     def _foreseen(self) -> Entry | None:
         """The next round, if it may begin before the host knows what the last one showed: all it needs is there."""
+        if self._ended is None:
+            return None
         ahead = self._bench.ahead
-        return None if self._ended is None or ahead is None else self._agenda.foresee(ahead.plan, ahead.later)
+        return None if ahead is None else self._agenda.foresee(ahead.plan, ahead.later)
 
     def first_step_taken(self) -> None:
         """Of the round under way: the host may wait for the last one now, and look ahead to the next two."""
@@ -89,12 +91,11 @@ class Rounds:
             self._bench.wait()  # for the round before, a checkpoint of it, and what was gathered meanwhile
         boundary = self._completed()
         subnet.optimizer.zero_grad()  # of a batch that was never followed by a step
-        finite = subnet.is_finite()
         try:
+            running.end(self._accelerator, subnet.is_finite(), self._crediting.take())  # leaves before all else
             with self.spent.on("writeback"):
                 ranks.average_buffers(self._accelerator, subnet.module)
                 self._bench.leave(running.steps, self.finished)
-            running.end(self._accelerator, finite, self._crediting.take())
             with undivided():
                 self.finished, self.under_way = self.finished + 1, None
                 self._ended = Ended(running, subnet.plan, self._numbers(), random_state(self._device))

@@ -26,6 +26,7 @@ CONTENDERS = [
     Contender("dense ×2", 2, None),
     Contender(f"dense ×{TIMES} (the full network)", TIMES, None),
     *(Contender(f"ours ×{times}", times, []) for times in (2, 4, 8)),
+    Contender(f"ours ×{TIMES}, exploring until 4/5", TIMES, ["--structure.settle", 0.2]),
     Contender("random fixed", TIMES, ["--structure.settle", 1]),
     Contender("grown", TIMES, ["--structure.estimator", "magnitude"]),
 ]
