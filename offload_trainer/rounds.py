@@ -95,7 +95,7 @@ class Rounds:
             running.end(self._accelerator, subnet.is_finite(), self._crediting.take())  # leaves before all else
             with self.spent.on("writeback"):
                 ranks.average_buffers(self._accelerator, subnet.module)
-                self._bench.leave(running.steps, self.finished)
+                self._bench.unload(running.steps, self.finished)
             with undivided():
                 self.finished, self.under_way = self.finished + 1, None
                 self._ended = Ended(running, subnet.plan, self._numbers(), random_state(self._device))
@@ -178,7 +178,7 @@ class Rounds:
         self.steps, self.finished = numbers["steps"], numbers["rounds"]
         self._agenda.load_state_dict(numbers["agenda"])
         self._report = RoundReport(**numbers["report"])
-        self._bench.clock, self._bench.trained = numbers["clock"], numbers["trained"]
+        self._bench.clock, self._bench.last_digest = numbers["clock"], numbers["trained"]
         self._bench.writeback.delta_norm = numbers["delta_norm"]
         self._master.scalars = {name: dict(scalars) for name, scalars in numbers["scalars"].items()}
         self._structure.load_state_dict(dict(boundary.structure))
@@ -198,5 +198,5 @@ class Rounds:
     def _numbers(self) -> dict[str, Any]:
         """Of a boundary, but for what the round before it showed."""
         numbers = {"steps": self.steps, "rounds": self.finished, "agenda": self._agenda.state_dict()}
-        numbers |= {"clock": self._bench.clock, "trained": self._bench.trained}
+        numbers |= {"clock": self._bench.clock, "trained": self._bench.last_digest}
         return numbers | {"scalars": {name: dict(scalars) for name, scalars in self._master.scalars.items()}}

@@ -332,10 +332,10 @@ def test_training_waits_until_all_values_have_left(
         run(trainer, text(9))
         held.clear()
         trainer.begin_round()
-        left = trainer._bench.writeback.left
-        assert left.keys() == {"weights", *trainer.moments}
-        assert len(set(left["weights"].values())) > 3
-        assert held and {mark for marks in left.values() for mark in marks.values()} <= set(held)
+        unloaded = trainer._bench.writeback.unloaded
+        assert unloaded.keys() == {"weights", *trainer.moments}
+        assert len(set(unloaded["weights"].values())) > 3
+        assert held and {mark for marks in unloaded.values() for mark in marks.values()} <= set(held)
 
 
 def test_what_was_begun_is_finished_when_a_loop_breaks_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from offload_trainer.master.slab import Slab
 
 Staged = Mapping[str, Sequence[Slab]]
 """Slabs of "weights" (with the buffers), and of each moment by its name."""
-Left = Mapping[str, Mapping[str, Mark]]
+Unloaded = Mapping[str, Mapping[str, Mark]]
 """When the old values of each tensor have left the device, likewise."""
 Places = Mapping[str, tuple[Index, Index]]
 """Of each tensor: where two plans share entries, in the one and in the other."""
@@ -77,7 +77,7 @@ class Swap:
             )
         return Ahead(plan, later, staged, shared, shared_later)
 
-    def do(self, subnet: TrainedSubnet, reference: Subnet, ahead: Ahead, left: Left, clock: int) -> None:
+    def do(self, subnet: TrainedSubnet, reference: Subnet, ahead: Ahead, unloaded: Unloaded, clock: int) -> None:
         """Begin the round of the reference's plan, and have the later one wait. The host does not wait.
 
         clock: see `TrainedSubnet.begin`.
@@ -93,17 +93,17 @@ class Swap:
         with self._lane.after(Mark(self._device)):
             begin = Mark(self._device, timed=True)
             for waiting, slab, beside in slabs:
-                for name, arrived in self._arriving(waiting, slab, ahead.shared_later, left["weights"]):
+                for name, arrived in self._arriving(waiting, slab, ahead.shared_later, unloaded["weights"]):
                     if self._in_place:
                         slab[name].copy_(beside[name])
                     (beside if self._in_place else slab)[name].copy_(arrived)
-            hold_all(left["weights"])  # of tensors that no plan slices, too: they are trained where they are
+            hold_all(unloaded["weights"])  # of tensors that no plan slices, too: they are trained where they are
             self._coming["weights"] = Mark(self._device)
             for moment in subnet.moments:
                 for waiting, slab in zip(staged[moment], subnet.slabs_of(moment), strict=True):
-                    for name, arrived in self._arriving(waiting, slab, ahead.shared, left[moment]):
+                    for name, arrived in self._arriving(waiting, slab, ahead.shared, unloaded[moment]):
                         slab[name].copy_(arrived)
-                hold_all(left[moment])
+                hold_all(unloaded[moment])
             subnet.begin(clock)
             self._coming["moments"] = Mark(self._device, timed=True)
         self._last = begin, self._coming["moments"]
@@ -112,13 +112,13 @@ class Swap:
             self.hold("weights")
 
     def _arriving(
-        self, waiting: Slab, old: Slab, places: Places, left: Mapping[str, Mark]
+        self, waiting: Slab, old: Slab, places: Places, unloaded: Mapping[str, Mark]
     ) -> Iterator[tuple[str, Tensor]]:
         """New values of each tensor, once the old ones may be overwritten."""
         for name in waiting:
             arrived = self._transfer.arrived(waiting[name], old.flat.dtype)
             patch(arrived, old[name], places[name])
-            left[name].hold()
+            unloaded[name].hold()
             yield name, arrived
 
     def hold(self, *what: str) -> None:

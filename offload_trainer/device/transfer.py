@@ -76,7 +76,7 @@ class Unloading:
 
     parts: Iterator[Part]
     """Of staging, each once it has arrived: the host waits for it."""
-    left: Mapping[str, Mark]
+    unloaded: Mapping[str, Mark]
     """When a tensor's values have left the device."""
     _excess: Tensor
     _told: Mark
@@ -152,7 +152,7 @@ class Transfer:
     def unload(self, slabs: Iterable[Slab], staged: Iterable[Slab], rounding: Rounding) -> Unloading:
         """Staging ← device, rounded where the master is narrower, after the kernels queued so far; under way still.
 
-        What is rounded was so on the training stream, all else leaves on another: `left` says when it may change.
+        What is rounded was so on the training stream, all else leaves on another: `unloaded` says when it may change.
         """
         start, trained = perf_counter(), Mark(self._device)
         queued: list[tuple[Part, Mark]] = []
@@ -170,8 +170,8 @@ class Transfer:
         excess = torch.stack(errors).double().square().sum() if errors else torch.zeros(())
         excess = excess.to("cpu", non_blocking=True)
         self._took("link", start)
-        left = {name: mark for part, mark in queued for name in part.names}
-        return Unloading(self._arriving(queued), left, excess, Mark(self._device))
+        unloaded = {name: mark for part, mark in queued for name in part.names}
+        return Unloading(self._arriving(queued), unloaded, excess, Mark(self._device))
 
     def _narrow(self, there: Tensor, here: Tensor, rounding: Rounding) -> Iterator[Tensor]:
         """Staging ← device, which is left with what it was rounded to. Yields norms of what that changed."""

@@ -69,7 +69,7 @@ class Workbench:
         """The subnet's module as it is called: compiled where that was asked for."""
         self.clock = 0
         """Steps of the moments of entries of mixed age (see master/moments.py)."""
-        self.trained = ""
+        self.last_digest = ""
         """Digest of the plan trained last: a plan that is trained twice running keeps its clock."""
 
     @property
@@ -91,12 +91,12 @@ class Workbench:
         """
         ready, ahead = self._ready, self.ahead
         self._ready = self._ahead = None
-        self.clock = self.clock if plan.digest == self.trained else min(steps, self._layout.horizon)
-        self.trained = plan.digest
+        self.clock = self.clock if plan.digest == self.last_digest else min(steps, self._layout.horizon)
+        self.last_digest = plan.digest
         if ahead is not None and ahead.plan == plan:
             assert self._reference is not None and self._reference.plan == plan
             with undivided():
-                self._swap.do(self.subnet, self._reference, ahead, self.writeback.left, self.clock)
+                self._swap.do(self.subnet, self._reference, ahead, self.writeback.unloaded, self.clock)
         else:
             ahead = None
             self._rest()
@@ -114,7 +114,7 @@ class Workbench:
         self._ahead = self.pipeline.do(partial(self._gather_ahead, self._waiting, draw, staged))
 
     @torch.no_grad()
-    def leave(self, steps: int, round: int) -> None:
+    def unload(self, steps: int, round: int) -> None:
         """The values of a round, of this number and of `steps` steps, leave for staging; after `wait`. The host waits
         for nothing, unless the master is narrow (`Transfer.unload`) or an optimizer keeps numbers on the device.
 
@@ -123,7 +123,7 @@ class Workbench:
         self.subnet.reattach()
         self.subnet.end()
         self.clock += steps
-        self.writeback.leave(self.subnet, round)
+        self.writeback.begin(self.subnet, round)
         self._ready = self.subnet.plan
 
     def step(self) -> None:

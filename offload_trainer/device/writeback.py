@@ -13,16 +13,16 @@ from offload_trainer.master import Master
 
 
 class WriteBack:
-    """Subnet → staging with `leave`, staging → master with `end`: between the two a round may still be given up.
+    """Subnet → staging with `begin`, staging → master with `end`: between the two a round may still be given up.
 
     overlap: the second goes on in the pipeline's background.
     """
 
     def __init__(self, master: Master, transfer: Transfer, pipeline: Pipeline, *, overlap: bool):
         self._master, self._transfer, self._pipeline, self._overlap = master, transfer, pipeline, overlap
-        self.left: dict[str, Mapping[str, Mark]] = {}
-        """When the values that left last have left: of "weights" and moments, by tensor."""
-        self._leaving: Iterable[tuple[str, Unloading, Plan]] = ()
+        self.unloaded: dict[str, Mapping[str, Mark]] = {}
+        """When the values of the last round are off the device: of "weights" and moments, by tensor."""
+        self._unloading: Iterable[tuple[str, Unloading, Plan]] = ()
         self._held: list[tuple[Mark, Mark]] = []
         """Where that round was held by transfers."""
         self._squared = 0.0
@@ -34,19 +34,19 @@ class WriteBack:
         self.broken = False
         """One was begun and has not come to its end."""
 
-    def leave(self, subnet: TrainedSubnet, round: int) -> None:
+    def begin(self, subnet: TrainedSubnet, round: int) -> None:
         """The values of a round of this number leave the device; may be under way still."""
-        self.left, self._held = {}, self._transfer.held()
-        leaving = self._unloading(subnet, round)
-        # Where nothing overlaps all share one staging, so each leaves when the one before is in the master.
-        self._leaving = list(leaving) if self._overlap else leaving
+        self.unloaded, self._held = {}, self._transfer.held()
+        unloading = self._unload(subnet, round)
+        # Where nothing overlaps all share one staging, so each is unloaded when the one before is in the master.
+        self._unloading = list(unloading) if self._overlap else unloading
 
-    def _unloading(self, subnet: TrainedSubnet, round: int) -> Iterator[tuple[str, Unloading, Plan]]:
+    def _unload(self, subnet: TrainedSubnet, round: int) -> Iterator[tuple[str, Unloading, Plan]]:
         for what in ("weights", *subnet.moments):
             slabs, kinds = subnet.slabs_of(what), subnet.kinds_of(what)
             staged = self._transfer.staging(kinds, slabs, what)
             one = self._transfer.unload(slabs, staged, self._master.precision.rounding(round, what))
-            self.left[what] = one.left
+            self.unloaded[what] = one.unloaded
             yield what, one, subnet.plan
 
     def end(self) -> tuple[Work, float]:
@@ -56,29 +56,29 @@ class WriteBack:
         """
         before, self.broken = (self.work, self.delta_norm), True
         self._transfer.count(self._held)
-        for what, unloading, plan in self._leaving:
+        for what, unloading, plan in self._unloading:
             self._pipeline.do(partial(self._merge, what, unloading, plan))
         self._pipeline.do(self._ended)
-        self._leaving = ()
+        self._unloading = ()
         return before if self._overlap else (self.work, self.delta_norm)
 
-    def _merge(self, what: str, leaving: Unloading, plan: Plan) -> None:
+    def _merge(self, what: str, unloading: Unloading, plan: Plan) -> None:
         if what == "weights":
-            squared = self._transfer.merge(leaving.parts, self._master.tensors, plan, delta=True)
+            squared = self._transfer.merge(unloading.parts, self._master.tensors, plan, delta=True)
             # Of rounded values: an unbiased estimate, less what rounding adds to it in expectation.
-            self._squared = max(0.0, squared - leaving.excess())
+            self._squared = max(0.0, squared - unloading.excess())
         else:
-            self._transfer.merge(leaving.parts, self._master.moments[what], plan)
+            self._transfer.merge(unloading.parts, self._master.moments[what], plan)
 
     def _ended(self) -> None:
         self.delta_norm, self.work, self.broken = self._squared**0.5, replace(self._transfer.work), False
 
     def hold(self) -> None:
         """Training waits until all has left, the host does not."""
-        for left in self.left.values():
-            hold_all(left)
-        self.left = {}
+        for marks in self.unloaded.values():
+            hold_all(marks)
+        self.unloaded = {}
 
     def give_up(self) -> None:
         """What has left does not reach the master."""
-        self._leaving, self.left = (), {}
+        self._unloading, self.unloaded = (), {}
