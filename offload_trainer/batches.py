@@ -5,6 +5,7 @@ from copy import copy
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from offload_trainer.errors import UserError
@@ -65,6 +66,16 @@ def pieces(batch: Any, rows: int | None) -> list[Any]:
         return [_each(batch, partial(part, number=i)) for i in range(count)]
     except UserError:
         return [batch]
+
+
+def pinned(batch: Any) -> Any:
+    """The batch in pinned memory, from which a copy to a GPU goes on by itself. What is not a dense tensor on the host
+    stays as it is."""
+
+    def pin(tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if tensor.device.type == "cpu" and tensor.layout == torch.strided else tensor
+
+    return _each(batch, pin)
 
 
 def _each(batch: Any, part: Callable[[Tensor], Tensor]) -> Any:

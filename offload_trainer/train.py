@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from offload_trainer import memory, snapshot
-from offload_trainer.batches import shard
+from offload_trainer.batches import pinned, shard
 from offload_trainer.config import Config
 from offload_trainer.config.base import size_in_bytes
 from offload_trainer.device import ranks
@@ -240,10 +240,11 @@ def batches(run: Prepared, first: int, steps: int) -> Iterator[Any]:
     """This rank's share of the batch of every step from `first` on, on the device."""
     # Its own generator: a loader draws a seed when it starts, which must not move the state that dropout draws from.
     order: Any = range(first, steps)
-    pin = run.accelerator.device.type == "cuda"  # else the copy to it would not go on by itself
-    loader = DataLoader(run.task.train, batch_size=None, sampler=order, generator=torch.Generator(), pin_memory=pin)
+    loader = DataLoader(run.task.train, batch_size=None, sampler=order, generator=torch.Generator())
     for batch in loader:
         share = shard(batch, run.accelerator.process_index, run.accelerator.num_processes)
+        if run.accelerator.device.type == "cuda":  # else the copy to it would not go on by itself
+            share = pinned(share)
         yield send_to_device(share, run.accelerator.device, non_blocking=True)
 
 

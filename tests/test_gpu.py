@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from offload_trainer import Group, Groups, Offloader, Plan, Slot, Structure, find_groups, memory, snapshot
+from offload_trainer.batches import pinned
 from offload_trainer.device import elements, transfer, workbench
 from offload_trainer.device.streams import Lane, Mark
 from offload_trainer.device.swap import Swap
@@ -60,6 +61,15 @@ def offloader(
     return Offloader(
         model, groups, loss_fn, optimizer=factory, structure=made, sync_every=sync_every, precision=precision
     )
+
+
+def test_batches_are_pinned_as_far_as_they_can_be() -> None:
+    sparse, there = torch.eye(4).to_sparse(), torch.ones(4, device=CUDA)
+    batch = {"a": torch.arange(8)[2:6], "b": (torch.rand(4, 3), sparse, None), "c": [there]}
+    found = pinned(batch)
+    assert found["a"].is_pinned() and torch.equal(found["a"], batch["a"])
+    assert found["b"][0].is_pinned() and found["b"][1] is sparse and found["b"][2] is None
+    assert found["c"][0] is there
 
 
 def test_a_slab_is_pinned_at_its_exact_size_and_let_go() -> None:
