@@ -159,11 +159,12 @@ class Transfer:
         errors: list[Tensor] = []
         for source, target in zip(slabs, staged, strict=True):
             narrow = source.flat.dtype != target.flat.dtype
+            ordinary = narrow and is_ordinary(source.flat)  # asked once, and first: the host waits for the answer
             with nullcontext() if narrow else self._down.after(trained):
                 for part in target.parts(PART):
                     there, here = source.flat[part.place], part.flat
                     if narrow:
-                        errors += self._narrow(there, here, rounding)
+                        errors += self._narrow(there, here, rounding, ordinary=ordinary)
                     elif here.data_ptr() != there.data_ptr():
                         here.copy_(there, non_blocking=True)
                     queued.append((part, Mark(self._device)))
@@ -173,9 +174,8 @@ class Transfer:
         unloaded = {name: mark for part, mark in queued for name in part.names}
         return Unloading(self._arriving(queued), unloaded, excess, Mark(self._device))
 
-    def _narrow(self, there: Tensor, here: Tensor, rounding: Rounding) -> Iterator[Tensor]:
+    def _narrow(self, there: Tensor, here: Tensor, rounding: Rounding, *, ordinary: bool) -> Iterator[Tensor]:
         """Staging ← device, which is left with what it was rounded to. Yields norms of what that changed."""
-        ordinary = is_ordinary(there)  # asked once: the host waits for the answer
         for value, narrow in zip(there.split(LINK_CHUNK), here.split(LINK_CHUNK), strict=True):
             rounded = rounding.narrow(value, int(value.storage_offset()), ordinary=ordinary)
             yield norm(value, rounded)
