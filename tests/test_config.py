@@ -35,14 +35,15 @@ def complaint(*argv: str) -> str:
 
 def test_shipped_configs_are_those_of_readme():
     cifar = {"vgg19_cifar10", "resnet32_cifar10", "resnet32_cifar100", "wrn28_10_cifar10"}
-    assert set(NAMES) == cifar | {"quickstart", "resnet50_imagenet", "llama_from_scratch", "shrink_smollm2"}
+    language = {"quickstart", "llama_from_scratch", "shrink_smollm2", "shrink_llama3_8b"}
+    assert set(NAMES) == cifar | {"resnet50_imagenet"} | language
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_shipped_config_parses(name: str):
     config = parse(["--config", str(CONFIGS / f"{name}.yaml")])
     assert config.out == f"runs/{name}"
-    assert config.sync_every == 50
+    assert config.sync_every == (500 if name == "shrink_llama3_8b" else 50)
     assert config.structure.lr == (2e-3 if name == "shrink_smollm2" else 12e-3)
 
 

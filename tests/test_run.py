@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from offload_trainer import Offloader, find_groups
 from offload_trainer.config import parse
@@ -524,7 +525,30 @@ def test_models_with_numbers_of_other_kinds_train(tmp_path: Path, part: str) -> 
     assert math.isfinite(json.loads((tmp_path / "out" / "summary.json").read_text())["exported"]["loss"])
 
 
-def test_the_llama_that_is_shipped_fits_the_card_it_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--config", str(ROOT / "configs" / "llama_from_scratch.yaml"), "--task.data", "stdlib"]
+def llama3_8b(folder: Path) -> Path:
+    """A model folder as it is downloaded, of a file that has headers and holes."""
+    sizes = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    model_config = LlamaConfig(**sizes, **heads, max_position_embeddings=8192, dtype="bfloat16")
+    model_config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(model_config).state_dict().items()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end := end + 2 * shape.numel()]}
+    words = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(words)) + words)
+        file.truncate(8 + len(words) + end)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["llama_from_scratch", "shrink_llama3_8b"])
+def test_what_is_shipped_fits_the_card_it_names(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", str(ROOT / "configs" / f"{name}.yaml"), "--task.data", "stdlib"]
+    if name.startswith("shrink"):
+        words += ["--task.model", str(llama3_8b(tmp_path / "model")), "--task.tokenizer", "bytes"]
     assert main([*words, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
-    assert re.search(r"device +fits: \d+\.\d GiB of 24.0 GiB, memory.device \(24GiB\)", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search(r"device +fits: \d+\.\d GiB of 24.0 GiB, memory.device \(24GiB\)", printed)
+    assert "no config.json" not in printed

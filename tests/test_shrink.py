@@ -90,6 +90,23 @@ def test_the_commands_of_the_readme(pretrained: Path, tmp_path: Path, monkeypatc
     assert sum(losses) / len(losses) == pytest.approx(last["loss"], rel=2e-3)  # the run computes in bfloat16
 
 
+def test_the_shipped_config_of_a_model_that_fits_no_card(
+    pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is but for sizes and lengths: all groups shrink, in bf16 on the host, and the result has a config.json."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--config", str(runs.ROOT / "configs" / "shrink_llama3_8b.yaml"), "--task.model", str(pretrained)]
+    words += ["--structure.multiple_of", "4", "--steps", "8", "--sync_every", "4", "--micro_batches", "2"]
+    words += ["--task.batch_size", "4", "--task.sequence", "32", "--task.val_batches", "2", "--track.eval_every", "4"]
+    words += ["--optimizer.lr", "1e-3", "--optimizer.warmup_steps", "0", "--out", "out"]
+    assert run.main(words) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "export")
+    config = model.config  # 0.40625 of 48, 2 of 3 key/value heads, 0.36 of 384
+    assert (config.hidden_size, config.num_key_value_heads, config.intermediate_size) == (20, 2, 140)
+    losses = [record["val_loss"] for record in runs.metrics(tmp_path / "out") if "val_loss" in record]
+    assert losses[-1] < losses[0]
+
+
 # The comparison
 
 
