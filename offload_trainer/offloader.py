@@ -42,8 +42,9 @@ class Offloader:
     transfer: who moves elements on the host: torch ("plain"), compiled kernels ("native"), or the faster.
     precision: types in which the master stores large tensors; subnet and export have those that `model` came in.
 
-    A round in which the loss or a weight was not finite raises at its end, before anything reaches the master. A clean
-    exit from its context writes back a last, unfinished round.
+    A round in which the loss or a weight was not finite raises at its end or, where rounds overlap, in the next one's
+    first step, before anything of it reaches the master. A clean exit from its context writes back a last, unfinished
+    round.
     """
 
     def __init__(
