@@ -153,7 +153,7 @@ class Offloader:
             raise RuntimeError("start_from() belongs before the first round")
         self._structure.start_from(scores, explore)
         self.agenda.starts_from_top = True
-        self._rounds.mark()
+        self._rounds.set_boundary()
 
     def __enter__(self) -> "Offloader":
         return self

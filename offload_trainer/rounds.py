@@ -54,7 +54,7 @@ class Rounds:
         self.spent, self.transfers = Spent(), Transfers()
         self._boundary: Boundary | None = None
         """Where the last round was concluded; None while its values go on to the master."""
-        self.mark()
+        self.set_boundary()
 
     def begin(self) -> Round:
         """The next round: its plan on the device, and what it is compared with."""
@@ -166,7 +166,7 @@ class Rounds:
         assert boundary is not None
         self._bench.pipeline.do(lambda: work(boundary.with_numbers(delta_norm=self._bench.writeback.delta_norm)))
 
-    def mark(self) -> None:
+    def set_boundary(self) -> None:
         """Where it is now the run could go on from."""
         self._boundary = self._at(self._numbers(), random_state(self._device))
 
