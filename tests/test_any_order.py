@@ -16,11 +16,13 @@ from tests.test_pipeline import CASES, MODELS, make, result
 
 
 class Session:
-    """One offloader in the hands of a user, and all that it showed."""
+    """One offloader in the hands of a user, and all that it showed. place: puts a batch on the device."""
 
-    def __init__(self, kind: str, case: str, folder: Path, *, overlap: bool):
+    def __init__(
+        self, kind: str, case: str, folder: Path, *, overlap: bool, place: Callable[[Any], Any] = lambda batch: batch
+    ):
         self.trainer: Offloader = make(kind, overlap=overlap, **CASES[case])
-        self.batches, self.store = iter(MODELS[kind][1](300)), CheckpointStore(folder)
+        self.batches, self.store = map(place, MODELS[kind][1](300)), CheckpointStore(folder)
         self.seen: list[Any] = []
         self.failing = self.interrupting = False
         loss_fn, take = self.trainer.loss_fn, self.trainer._crediting.take
@@ -130,6 +132,13 @@ DEEDS: list[Callable[[Session], None]] = [
 def test_whatever_is_done_rounds_that_overlap_change_nothing(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    compare(seed, tmp_path, monkeypatch)
+
+
+def compare(
+    seed: int, folder: Path, monkeypatch: pytest.MonkeyPatch, place: Callable[[Any], Any] = lambda b: b
+) -> None:
+    """What chance has somebody do, with rounds that overlap and with others."""
     chance = random.Random(seed)
     kind, case, in_place = chance.choice(list(MODELS)), chance.choice(list(CASES)), chance.random() < 0.5
     deeds = chance.choices(DEEDS, k=14)
@@ -138,7 +147,7 @@ def test_whatever_is_done_rounds_that_overlap_change_nothing(
     monkeypatch.setattr(workbench, "Swap", lambda *arguments, **_: Swap(*arguments, in_place=in_place))
     sessions = []
     for overlap in (False, True):
-        session = Session(kind, case, tmp_path / str(overlap), overlap=overlap)
+        session = Session(kind, case, folder / str(overlap), overlap=overlap, place=place)
         with session.trainer as trainer:
             torch.manual_seed(5)
             for deed in deeds:

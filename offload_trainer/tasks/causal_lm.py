@@ -3,14 +3,15 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig, masking_utils
 
 from offload_trainer.errors import UserError
 from offload_trainer.tasks.hf_config import save_config, why_no_config
@@ -74,17 +75,35 @@ def build(config: "CausalLM", seed: int) -> Task:
 
 def loss(module: nn.Module, batch: Tensor) -> Tensor:
     """Mean cross-entropy in nats a token, in float32. batch: (sequences, sequence + 1) token ids."""
-    return metrics(module, batch)["loss"]
+    return F.cross_entropy(*_predicted(module, batch))
 
 
 def metrics(module: nn.Module, batch: Tensor) -> dict[str, Tensor]:
     """`loss` as above, and `accuracy`: the share of tokens whose most probable prediction is right."""
-    logits = module(input_ids=batch[:, :-1], use_cache=False).logits.float().flatten(0, 1)  # (tokens, vocabulary)
-    targets = batch[:, 1:].flatten()
-    return {
-        "loss": F.cross_entropy(logits, targets),
-        "accuracy": (logits.detach().argmax(-1) == targets).float().mean(),
-    }
+    logits, targets = _predicted(module, batch)
+    hits = logits.argmax(-1) == targets
+    return {"loss": F.cross_entropy(logits, targets), "accuracy": hits.float().mean()}
+
+
+def _predicted(module: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:  # (tokens, vocabulary) float32, (tokens,)
+    with _whole_rows():
+        logits = module(input_ids=batch[:, :-1], use_cache=False).logits
+    return logits.float().flatten(0, 1), batch[:, 1:].flatten()
+
+
+@contextmanager
+def _whole_rows() -> Iterator[None]:
+    """A row of a batch is one sequence. transformers asks the device in every forward whether that is so, since its
+    positions might start anew within a row, and the host would wait for all that the device has been given before."""
+    asked = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if asked is None:  # a transformers that does not
+        yield
+        return
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = asked
 
 
 def perplexity(means: Mapping[str, float]) -> dict[str, float]:

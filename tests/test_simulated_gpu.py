@@ -1,0 +1,189 @@
+"""What goes on beside training on a GPU, in every order that its streams and events allow: see simulated.py.
+
+DESIGN §10, 6, and what can be had of 2 and 8 without a GPU; test_gpu.py has them on a real one.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from offload_trainer import evaluation, making
+from offload_trainer import train as run
+from offload_trainer.config import parse
+from offload_trainer.device import elements, transfer
+from offload_trainer.device.streams import Lane, Mark, Reading
+from offload_trainer.device.swap import Swap
+from offload_trainer.master import Slab
+from offload_trainer.offloader import Offloader
+from offload_trainer.tasks import causal_lm
+from tests.runs import config, metrics
+from tests.simulated import CUDA, Gpu, Simulated, simulated
+from tests.test_any_order import compare
+from tests.test_offloader import data
+from tests.test_pipeline import CASES, MODELS, assert_same, language_loss, llama, make, result, text
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Gpu]:
+    with simulated(monkeypatch, seed=getattr(request, "param", 0)) as gpu:
+        yield gpu
+
+
+def on_gpu(batch: Any) -> Any:
+    return tuple(part.to(CUDA) for part in batch) if isinstance(batch, tuple) else batch.to(CUDA)
+
+
+def train(trainer: Offloader, batches: list[Any]) -> list[Tensor]:
+    """Losses, which nobody waits for: else streams could not get far apart."""
+    losses = []
+    for batch in batches:
+        loss = trainer.loss(on_gpu(batch))
+        trainer.accelerator.backward(loss)
+        trainer.step()
+        losses.append(loss.detach())
+    return losses
+
+
+def test_it_computes_as_the_cpu_does(gpu: Gpu) -> None:
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(4, 3), torch.randn(5, 4)
+    there = torch.nn.Linear(4, 3).to(CUDA)
+    there.load_state_dict(layer.state_dict())
+    optimizers = [torch.optim.AdamW(one.parameters(), fused=fused) for one, fused in ((layer, False), (there, True))]
+    for _ in range(3):
+        layer(x).square().sum().backward()
+        there(x.to(CUDA)).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert isinstance(there.weight, Simulated) and there.weight.device == CUDA
+    torch.testing.assert_close(there.weight.cpu(), layer.weight, rtol=1e-6, atol=1e-6)
+    assert there.weight.grad is not None and torch.equal(there.weight.grad.cpu(), layer.weight.grad)
+
+
+def test_streams_wait_for_nothing_but_what_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of the host that is on its way, another stream's values, and values whose memory was let go."""
+    assert all(hand_over(monkeypatch, seed, "memory", "stream", "host") == [3.0] * 4 for seed in range(30))
+    for left_out in ("memory", "stream", "host"):
+        waits = {"memory", "stream", "host"} - {left_out}
+        assert any(hand_over(monkeypatch, seed, *waits) != [3.0] * 4 for seed in range(30)), left_out
+
+
+def hand_over(monkeypatch: pytest.MonkeyPatch, seed: int, *waits: str) -> list[float]:
+    """2 x + 1 by way of two streams and back; x is 1."""
+    with monkeypatch.context() as patch, simulated(patch, seed):
+        lane, slab = Lane(CUDA), Slab({"x": torch.Size([4])}, torch.float32, pin=True)
+        slab.flat.fill_(1.0)
+        sent = slab["x"].to(CUDA, non_blocking=True)
+        if "memory" in waits:
+            Mark(CUDA).wait()
+        slab.flat.fill_(7.0)
+        doubled = sent * 2
+        with lane.after(Mark(CUDA)) if "stream" in waits else lane.open():
+            more = doubled + 1
+            done = Mark(CUDA)
+        if "stream" in waits:
+            done.hold()
+        del doubled
+        back = Reading({"x": more}, CUDA)
+        found = (back.wait() if "host" in waits else back._values)["x"].tolist()
+        slab.close()
+        return found
+
+
+@pytest.mark.parametrize(
+    "case", ["adamw", "fused", "sgd", "every step", "unpaired", "narrow", "one group", "bernoulli"]
+)
+@pytest.mark.parametrize("kind", MODELS)
+def test_overlapping_rounds_equal_others_bit_for_bit(kind: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "PART", 2**12)  # what is sent in one part goes in several, as a large network's does
+    monkeypatch.setattr(elements, "PATCH", 2**10)
+    swaps, swap = [], Swap.do
+    monkeypatch.setattr(Swap, "do", lambda *arguments: swaps.append(swap(*arguments)))
+    ended = []
+    for overlap in (False, True):
+        with (
+            monkeypatch.context() as patch,
+            simulated(patch, seed=len(case)) as gpu,
+            make(kind, overlap=overlap, **CASES[case]) as trainer,
+        ):
+            torch.manual_seed(5)
+            losses = train(trainer, MODELS[kind][1](20))
+            trainer.finish_round()
+            ended.append(result(trainer) | {f"loss {i}": loss.cpu() for i, loss in enumerate(losses)})
+            assert type(next(trainer.subnet.parameters())) is Simulated
+        assert not gpu.pinned
+        assert bool(swaps) == (overlap and case != "bernoulli")
+    assert_same(*ended)
+
+
+@pytest.mark.parametrize("seed", range(40, 52))
+def test_whatever_is_done_rounds_that_overlap_change_nothing(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with simulated(monkeypatch, seed):
+        compare(seed, tmp_path, monkeypatch, place=on_gpu)
+
+
+def test_the_host_waits_once_in_a_round(gpu: Gpu) -> None:
+    """For what the last one showed, when it has given the device the first step of this one."""
+    with make("cnn", overlap=True, sync_every=6) as trainer:
+        train(trainer, data(13))
+        for _ in range(3):
+            steps = []
+            for batch in data(6):
+                batch, before = on_gpu(batch), gpu.waited
+                trainer.accelerator.backward(trainer.loss(batch))
+                trainer.step()
+                steps.append(gpu.waited - before)
+            assert sorted(steps)[:-1] == [0] * 5 and max(steps) <= 1, steps
+
+
+def test_a_language_model_keeps_nobody_waiting(gpu: Gpu) -> None:
+    """transformers' own forward does, once; the loss is the same."""
+    torch.manual_seed(0)
+    model, tokens = llama().to(CUDA).eval(), text(1)[0].to(CUDA)
+    waited = []
+    for loss in (lambda: language_loss(model, tokens), lambda: causal_lm.loss(model, tokens)):
+        gpu.synchronize()
+        before, value = gpu.waited, loss()
+        value.backward()
+        waited.append(gpu.waited - before)
+    assert waited == [1, 0]
+    assert causal_lm.loss(model, tokens).item() == language_loss(model, tokens).item()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_run(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that `run.py` does on a GPU, with validations and checkpoints between and beside its rounds."""
+    monkeypatch.setattr(making, "stay_near", lambda _: None)
+    monkeypatch.setattr(evaluation, "cpu_offload", lambda module, device: module.to(device))
+    left = []
+    for overlap in (False, True):
+        (folder := tmp_path / str(overlap)).mkdir()
+        changes = {"track.eval_every": 8, "memory.overlap": overlap, "structure.settle": 0.3, "checkpoint.every": 4}
+        file = str(config(folder, steps=20, **changes))
+        with monkeypatch.context() as patch, simulated(patch, seed) as gpu:
+            run.train(parse(["--config", file]))
+        assert gpu.launched and not gpu.pinned
+        shown = [{key: r.get(key) for key in ("step", "loss", "val_loss", "keep")} for r in metrics(folder / "out")]
+        exported = load_file(folder / "out" / "export" / "model.safetensors")
+        left.append((shown, exported))
+    assert left[0][0] == left[1][0]
+    assert_same(left[0][1], left[1][1])
+
+
+def test_memory_does_not_grow(gpu: Gpu) -> None:
+    with make("cnn", overlap=True, sync_every=1, paired_batches=1) as trainer:
+        train(trainer, data(40))
+        trainer.finish_round()
+        before, pinned = gpu.allocated, sum(gpu.pinned.values())
+        train(trainer, data(40))
+        trainer.finish_round()
+        assert trainer.rounds == 80
+        assert gpu.allocated <= before + 2**10  # where the last plans share entries
+        assert sum(gpu.pinned.values()) == pinned
