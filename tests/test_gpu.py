@@ -13,7 +13,7 @@ from torch import nn
 
 from offload_trainer import Group, Groups, Offloader, Plan, Slot, Structure, find_groups, memory, snapshot
 from offload_trainer.batches import pinned
-from offload_trainer.device import elements, transfer, workbench
+from offload_trainer.device import elements, swap, transfer, workbench
 from offload_trainer.device.streams import Lane, Mark
 from offload_trainer.device.swap import Swap
 from offload_trainer.device.transfer import LINK_CHUNK, Transfer
@@ -43,6 +43,7 @@ def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """What these small networks send in one part goes in several, as a large one's does."""
     monkeypatch.setattr(transfer, "PART", 2**12)
     monkeypatch.setattr(elements, "PATCH", 2**10)
+    monkeypatch.setattr(swap, "ARRIVING", 2**10)
 
 
 AS_FAR_AS_POSSIBLE = pytest.mark.filterwarnings("ignore:.*eterministic")

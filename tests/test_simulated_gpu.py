@@ -3,19 +3,20 @@
 DESIGN §10, 6, and what can be had of 2 and 8 without a GPU; test_gpu.py has them on a real one.
 """
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from offload_trainer import evaluation, making
+from offload_trainer import Structure, evaluation, find_groups, making
 from offload_trainer import train as run
 from offload_trainer.config import parse
-from offload_trainer.device import elements, transfer
+from offload_trainer.device import elements, swap, transfer
 from offload_trainer.device.streams import Lane, Mark, Reading
 from offload_trainer.device.swap import Swap
 from offload_trainer.master import Slab
@@ -24,7 +25,7 @@ from offload_trainer.tasks import causal_lm
 from tests.runs import config, metrics
 from tests.simulated import CUDA, Gpu, Simulated, simulated
 from tests.test_any_order import compare
-from tests.test_offloader import data
+from tests.test_offloader import ADAMW, data
 from tests.test_pipeline import CASES, MODELS, assert_same, language_loss, llama, make, result, text
 
 
@@ -102,8 +103,9 @@ def hand_over(monkeypatch: pytest.MonkeyPatch, seed: int, *waits: str) -> list[f
 def test_overlapping_rounds_equal_others_bit_for_bit(kind: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "PART", 2**12)  # what is sent in one part goes in several, as a large network's does
     monkeypatch.setattr(elements, "PATCH", 2**10)
-    swaps, swap = [], Swap.do
-    monkeypatch.setattr(Swap, "do", lambda *arguments: swaps.append(swap(*arguments)))
+    monkeypatch.setattr(swap, "ARRIVING", 2**10)
+    swaps, do = [], Swap.do
+    monkeypatch.setattr(Swap, "do", lambda *arguments: swaps.append(do(*arguments)))
     ended = []
     for overlap in (False, True):
         with (
@@ -141,6 +143,50 @@ def test_the_host_waits_once_in_a_round(gpu: Gpu) -> None:
                 trainer.step()
                 steps.append(gpu.waited - before)
             assert sorted(steps)[:-1] == [0] * 5 and max(steps) <= 1, steps
+
+
+class Residual(nn.Module):
+    """Two weights a block, sliced on one axis each."""
+
+    def __init__(self, blocks: int):
+        super().__init__()
+        parts = [nn.Linear(16, 24, bias=False), nn.ReLU(), nn.Linear(24, 16, bias=False)]
+        self.blocks = nn.ModuleList([nn.Sequential(*copy.deepcopy(parts)) for _ in range(blocks)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def chain(layers: int) -> nn.Module:
+    """A weight a layer, sliced on both axes, and a bias."""
+    hidden = [part for _ in range(layers) for part in (nn.Linear(16, 16), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(16, 16))
+
+
+@pytest.mark.parametrize(("network", "launches"), [(Residual, 8 + 8), (chain, 20 + 8)])
+def test_a_swap_is_few_launches(
+    network: Callable[[int], nn.Module], launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of AdamW, two moments, for one more block or layer: what the host does before a round's first forward."""
+    counts, do = [], Swap.do
+    for blocks in (4, 8):
+        model, batches = network(blocks), torch.randn(12, 4, 16)
+        groups = find_groups(model, (torch.zeros(3, 16),))
+        with monkeypatch.context() as patch, simulated(patch, 0) as gpu:
+
+            def counted(*arguments: Any, gpu: Gpu = gpu) -> None:
+                before = gpu.launched
+                do(*arguments)
+                counts.append(gpu.launched - before)
+
+            patch.setattr(Swap, "do", counted)
+            loss = lambda module, x: module(x).square().mean()  # noqa: E731
+            made = {"optimizer": ADAMW, "structure": Structure(groups, 0.5), "sync_every": 3}
+            with Offloader(model, groups, loss, **made) as trainer:
+                train(trainer, list(batches))
+    assert len(counts) == 6 and counts[5] - counts[2] == 4 * launches
 
 
 def test_a_language_model_keeps_nobody_waiting(gpu: Gpu) -> None:

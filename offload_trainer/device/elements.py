@@ -91,6 +91,12 @@ def patch(target: Tensor, source: Tensor, places: tuple[Index, Index]) -> None:
     scatter_from(source, target, tuple(there))
 
 
+def copy_all(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
+    """Each target ← the source of its name: on a device, a kernel for many."""
+    if sources:
+        torch._foreach_copy_([targets[name] for name in sources], list(sources.values()))
+
+
 def on_device(places: Mapping[str, tuple[Index, Index]], device: torch.device) -> dict[str, tuple[Index, Index]]:
     """The same indices there, sent as one: a copy of each on its own would wait for all kernels before it."""
     every = {id(kept): kept for pair in places.values() for index in pair for kept in index if kept is not None}

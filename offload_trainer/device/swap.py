@@ -1,9 +1,9 @@
 """Where two rounds meet: the subnet that waited is trained, and the one trained last makes room for the next to wait.
 
 What waits was gathered before the running round ended, so it lacks that round's changes, and no others: entries shared
-with the plan trained last are copied over on the device. What comes over the link then goes on beside training: each
-tensor is replaced once its old values have left, and training waits for the weights of the next reference where that
-is evaluated, for the moments at the first optimizer step.
+with the plan trained last are copied over on the device. What comes over the link then goes on beside training:
+tensors are replaced once their old values have left, and training waits for the weights of the next reference where
+that is evaluated, for the moments at the first optimizer step.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offload_trainer.device.elements import Index, on_device, patch
+from offload_trainer.device.elements import Index, copy_all, on_device, patch
 from offload_trainer.device.streams import Lane, Mark, hold_all
 from offload_trainer.device.subnet import Subnet, TrainedSubnet
 from offload_trainer.device.transfer import Transfer
@@ -25,6 +25,8 @@ Unloaded = Mapping[str, Mapping[str, Mark]]
 """When the old values of each tensor have left the device, likewise."""
 Places = Mapping[str, tuple[Index, Index]]
 """Of each tensor: where two plans share entries, in the one and in the other."""
+ARRIVING = 2**25
+"""Bytes of neighbouring tensors that come over the link at once, and are copied at once to where they belong."""
 
 
 @dataclass(frozen=True)
@@ -93,16 +95,16 @@ class Swap:
         with self._lane.after(Mark(self._device)):
             begin = Mark(self._device, timed=True)
             for waiting, slab, beside in slabs:
-                for name, arrived in self._arriving(waiting, slab, ahead.shared_later, unloaded["weights"]):
+                for arrived in self._arriving(waiting, slab, ahead.shared_later, unloaded["weights"]):
                     if self._in_place:
-                        slab[name].copy_(beside[name])
-                    (beside if self._in_place else slab)[name].copy_(arrived)
+                        copy_all(slab, {name: beside[name] for name in arrived})
+                    copy_all(beside if self._in_place else slab, arrived)
             hold_all(unloaded["weights"])  # of tensors that no plan slices, too: they are trained where they are
             self._coming["weights"] = Mark(self._device)
             for moment in subnet.moments:
                 for waiting, slab in zip(staged[moment], subnet.slabs_of(moment), strict=True):
-                    for name, arrived in self._arriving(waiting, slab, ahead.shared, unloaded[moment]):
-                        slab[name].copy_(arrived)
+                    for arrived in self._arriving(waiting, slab, ahead.shared, unloaded[moment]):
+                        copy_all(slab, arrived)
                 hold_all(unloaded[moment])
             subnet.begin(clock)
             self._coming["moments"] = Mark(self._device, timed=True)
@@ -113,13 +115,14 @@ class Swap:
 
     def _arriving(
         self, waiting: Slab, old: Slab, places: Places, unloaded: Mapping[str, Mark]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """New values of each tensor, once the old ones may be overwritten."""
-        for name in waiting:
-            arrived = self._transfer.arrived(waiting[name], old.flat.dtype)
-            patch(arrived, old[name], places[name])
-            unloaded[name].hold()
-            yield name, arrived
+    ) -> Iterator[Mapping[str, Tensor]]:
+        """New values by name, for some tensors after others, once the old ones may be overwritten."""
+        for part in waiting.parts(ARRIVING):
+            arrived = self._transfer.arrived(part, old.flat.dtype)
+            for name, new in arrived.items():
+                patch(new, old[name], places[name])
+            hold_all({name: unloaded[name] for name in arrived})
+            yield arrived
 
     def hold(self, *what: str) -> None:
         """Training waits for "weights" or "moments" that are under way. The host does not."""

@@ -140,14 +140,14 @@ class Transfer:
         Mark(self._device).wait()
         self._took("link", start)
 
-    def arrived(self, staged: Tensor, dtype: torch.dtype) -> Tensor:
-        """What a tensor of staging holds, on the device and in the type computed in: a new one unless it is that
+    def arrived(self, staged: Part, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """What a part of staging holds, on the device and in the type computed in: new tensors, unless it is that
         already. May be under way still, on the current stream."""
-        if self._device.type == "cpu" and staged.dtype == dtype:
-            return staged
-        new = torch.empty(staged.shape, dtype=dtype, device=self._device)
-        self._send(staged.view(-1), new.view(-1))
-        return new
+        if self._device.type == "cpu" and staged.flat.dtype == dtype:
+            return staged.views(staged.flat)
+        new = torch.empty(staged.flat.shape, dtype=dtype, device=self._device)
+        self._send(staged.flat, new)
+        return staged.views(new)
 
     def unload(self, slabs: Iterable[Slab], staged: Iterable[Slab], rounding: Rounding) -> Unloading:
         """Staging ← device, rounded where the master is narrower, after the kernels queued so far; under way still.

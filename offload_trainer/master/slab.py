@@ -155,3 +155,11 @@ class Part:
     @property
     def nbytes(self) -> int:
         return self.flat.nbytes
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Of what this part holds, in another flat tensor of its size."""
+        first, found = self.flat.storage_offset(), {}
+        for name in self.names:
+            view = self.slab[name]
+            found[name] = flat.narrow(0, view.storage_offset() - first, view.numel()).view(view.shape)
+        return found
