@@ -131,9 +131,10 @@ def test_whatever_is_done_rounds_that_overlap_change_nothing(
         compare(seed, tmp_path, monkeypatch, place=on_gpu)
 
 
-def test_the_host_waits_once_in_a_round(gpu: Gpu) -> None:
+@pytest.mark.parametrize("case", ["adamw", "fused", "sgd", "reset", "narrow", "credit", "control"])
+def test_the_host_waits_once_in_a_round(case: str, gpu: Gpu) -> None:
     """For what the last one showed, when it has given the device the first step of this one."""
-    with make("cnn", overlap=True, sync_every=6) as trainer:
+    with make("cnn", overlap=True, sync_every=6, **CASES[case]) as trainer:
         train(trainer, data(13))
         for _ in range(3):
             steps = []

@@ -26,7 +26,8 @@ Unloaded = Mapping[str, Mapping[str, Mark]]
 Places = Mapping[str, tuple[Index, Index]]
 """Of each tensor: where two plans share entries, in the one and in the other."""
 ARRIVING = 2**25
-"""Bytes of neighbouring tensors that come over the link at once, and are copied at once to where they belong."""
+"""Bytes, on the device, of neighbouring tensors that come over the link at once and are copied at once to where they
+belong."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Swap:
         self, waiting: Slab, old: Slab, places: Places, unloaded: Mapping[str, Mark]
     ) -> Iterator[Mapping[str, Tensor]]:
         """New values by name, for some tensors after others, once the old ones may be overwritten."""
-        for part in waiting.parts(ARRIVING):
+        for part in waiting.parts(ARRIVING * waiting.flat.element_size() // old.flat.element_size()):
             arrived = self._transfer.arrived(part, old.flat.dtype)
             for name, new in arrived.items():
                 patch(new, old[name], places[name])

@@ -11,7 +11,6 @@ between rounds the device holds what the master holds.
 """
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from threading import Lock
 from time import perf_counter
@@ -25,13 +24,13 @@ from offload_trainer.device.movers import Mover, Plain
 from offload_trainer.device.pipeline import in_background
 from offload_trainer.device.streams import Lane, Mark
 from offload_trainer.groups.plan import Plan
-from offload_trainer.master.precision import Rounding, is_ordinary
+from offload_trainer.master.precision import Rounding
 from offload_trainer.master.slab import Part, Slab
 
 PART = 2**27
 """Bytes of a slab that cross the link at once, while the host moves others: some milliseconds, to which the start of
 the threads that move them adds one."""
-LINK_CHUNK = 2**21
+LINK_CHUNK = 2**23
 """Elements whose type changes at a time: up to 20 bytes of scratch each, on the device."""
 
 Layout = tuple[torch.dtype, torch.dtype, Mapping[str, torch.Size]]
@@ -150,37 +149,40 @@ class Transfer:
         return staged.views(new)
 
     def unload(self, slabs: Iterable[Slab], staged: Iterable[Slab], rounding: Rounding) -> Unloading:
-        """Staging ← device, rounded where the master is narrower, after the kernels queued so far; under way still.
+        """Staging ← device, after the kernels queued so far; under way still.
 
-        What is rounded was so on the training stream, all else leaves on another: `unloaded` says when it may change.
+        Where the master is narrower, the device rounds what it holds first. `unloaded` says when a tensor may change.
         """
-        start, trained = perf_counter(), Mark(self._device)
-        queued: list[tuple[Part, Mark]] = []
-        errors: list[Tensor] = []
-        for source, target in zip(slabs, staged, strict=True):
-            narrow = source.flat.dtype != target.flat.dtype
-            ordinary = narrow and is_ordinary(source.flat)  # asked once, and first: the host waits for the answer
-            with nullcontext() if narrow else self._down.after(trained):
-                for part in target.parts(PART):
-                    there, here = source.flat[part.place], part.flat
-                    if narrow:
-                        errors += self._narrow(there, here, rounding, ordinary=ordinary)
-                    elif here.data_ptr() != there.data_ptr():
-                        here.copy_(there, non_blocking=True)
-                    queued.append((part, Mark(self._device)))
+        start, pairs = perf_counter(), list(zip(slabs, staged, strict=True))
+        narrow = [source.flat for source, target in pairs if source.flat.dtype != target.flat.dtype]
+        errors = [error for flat in narrow for error in self._round(flat, rounding)]
         excess = torch.stack(errors).double().square().sum() if errors else torch.zeros(())
         excess = excess.to("cpu", non_blocking=True)
+        rounded = Mark(self._device)
+        queued: list[tuple[Part, Mark]] = []
+        with self._down.after(rounded):
+            for source, target in pairs:
+                for part in target.parts(PART):
+                    self._leave(source.flat[part.place], part.flat)
+                    queued.append((part, Mark(self._device)))
         self._took("link", start)
         unloaded = {name: mark for part, mark in queued for name in part.names}
-        return Unloading(self._arriving(queued), unloaded, excess, Mark(self._device))
+        return Unloading(self._arriving(queued), unloaded, excess, rounded)
 
-    def _narrow(self, there: Tensor, here: Tensor, rounding: Rounding, *, ordinary: bool) -> Iterator[Tensor]:
-        """Staging ← device, which is left with what it was rounded to. Yields norms of what that changed."""
-        for value, narrow in zip(there.split(LINK_CHUNK), here.split(LINK_CHUNK), strict=True):
-            rounded = rounding.narrow(value, int(value.storage_offset()), ordinary=ordinary)
+    def _round(self, flat: Tensor, rounding: Rounding) -> Iterator[Tensor]:
+        """Leaves what a narrower master will hold. Yields norms of what that changed."""
+        for value in flat.split(LINK_CHUNK):
+            rounded = rounding.narrow(value, int(value.storage_offset()))
             yield norm(value, rounded)
             value.copy_(rounded)
-            narrow.copy_(rounded, non_blocking=True)
+
+    def _leave(self, there: Tensor, here: Tensor) -> None:
+        """Staging ← device; may be under way still. On a CPU both may be the same."""
+        if here.dtype != there.dtype:
+            for source, target in zip(there.split(LINK_CHUNK), here.split(LINK_CHUNK), strict=True):
+                target.copy_(source.to(target.dtype), non_blocking=True)
+        elif here.data_ptr() != there.data_ptr():
+            here.copy_(there, non_blocking=True)
 
     def _arriving(self, queued: Iterable[tuple[Part, Mark]]) -> Iterator[Part]:
         for part, mark in queued:

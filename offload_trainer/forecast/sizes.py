@@ -6,6 +6,7 @@ from itertools import chain
 from torch import nn
 
 from offload_trainer.device.elements import PATCH
+from offload_trainer.device.swap import ARRIVING
 from offload_trainer.device.transfer import LINK_CHUNK, Layout, layouts, limited
 from offload_trainer.groups.plan import Plan
 from offload_trainer.groups.slicing import named_tensors
@@ -94,8 +95,8 @@ class Sizes:
         return sum(held.values())
 
     def arriving(self, *, on_host: bool) -> int:
-        """On the device during a swap: the largest tensor of what was gathered ahead, on the host where types differ;
-        and on a device scratch of the copies of what it shares with the subnet."""
+        """On the device during a swap: some neighbouring tensors of what was gathered ahead, on the host where types
+        differ; and on a device scratch of the copies of what one shares with the subnet."""
         coming = [
             shape.numel() * dtype.itemsize
             for dtype, stored, shapes in limited(chain(*self._kinds), self._sampled)
@@ -103,7 +104,8 @@ class Sizes:
             if not on_host or dtype != stored
         ]
         largest = max(coming, default=0)
-        return largest if on_host else largest + 3 * min(PATCH, largest)
+        together = min(sum(coming), ARRIVING + largest)
+        return together if on_host else together + 3 * min(PATCH, largest)
 
     @property
     def merging(self) -> int:

@@ -27,10 +27,8 @@ class Rounding:
     keys: tuple[int, ...]
     """Four signed 32-bit numbers."""
 
-    def narrow(self, values: Tensor, start: int, *, ordinary: bool = False) -> Tensor:
+    def narrow(self, values: Tensor, start: int) -> Tensor:
         """`values` (float32, contiguous, any shape) as bfloat16; `start` is the place of the first of them.
-
-        ordinary: whether they are known to be so (`is_ordinary`); else the host asks the device.
 
         What bfloat16 represents comes back as it is, NaN and infinities among it; what is finite stays finite.
         """
@@ -39,7 +37,8 @@ class Rounding:
         # A carry out of the lower half takes the value to its neighbour away from zero, across exponents too.
         bits >>= 16
         rounded = bits.to(torch.int16).view(torch.bfloat16)
-        if not ordinary and not is_ordinary(values):  # rare, thus not paid for by every call
+        # Rare, so a CPU is asked whether it is needed; for a GPU's answer the host would have to wait.
+        if values.device.type != "cpu" or not is_ordinary(values):
             nearest = values.where(values.isinf(), values.clamp(-LARGEST, LARGEST)).to(torch.bfloat16)
             rounded = rounded.where(values.abs() <= LARGEST, nearest)
         return rounded
