@@ -32,41 +32,68 @@ def polarised(
     outside = torch.ones(n, dtype=torch.bool)
     outside[scores.argsort(descending=True, stable=True)[: max(1, round(budget))]] = False
 
-    def at(temperature: float) -> Tensor:
-        def s(place: float) -> Tensor:
-            return FLOOR + (1 - 2 * FLOOR) * torch.sigmoid((x - place) / temperature)
-
-        low, high = float(x.min()) - 40 * temperature, float(x.max()) + 40 * temperature
-        return s(_root(lambda place: float(s(place).sum()) - within, low, high, 1e-9 * within))
-
     within = min(max(budget, n * FLOOR), n * (1 - FLOOR))  # what s can sum to
     share = explore * budget
     spread = max(float(x.max() - x.min()), 1e-6)
     cold, hot = math.log(1e-4 * spread), math.log(1e2 * spread)
+    curve = _Curve(x, within)
 
-    def beyond(heat: float) -> float:
-        return float(at(math.exp(heat))[outside].sum()) - share
+    def beyond(heat: float) -> tuple[float, float]:  # and its slope
+        s = curve.at(heat)
+        return float(s[outside].sum()) - share, curve.slope(outside)
 
-    if beyond(hot) <= 0:
+    if beyond(hot)[0] <= 0:
         return uniform
-    return at(math.exp(_root(beyond, cold, hot, 1e-5 * share) if beyond(cold) < 0 else cold)).float()
+    return curve.at(_root(beyond, cold, hot, (cold + hot) / 2, 1e-5 * share)).float()
 
 
-def _root(f: Callable[[float], float], low: float, high: float, tolerance: float) -> float:
-    """Where a monotonic f is within `tolerance` of 0, between `low` and `high`, where its signs differ.
+class _Curve:
+    """s = FLOOR + (1 − 2 FLOOR) σ((x − place) / temperature), with the place at which it sums to `within`."""
 
-    The Illinois method: regula falsi that halves the value at an end which stays twice (Dowell & Jarratt 1971).
+    def __init__(self, x: Tensor, within: float):
+        self._x, self._within, self._place = x, within, float(x.median())
+        self._u = self._weight = x
+
+    def at(self, heat: float) -> Tensor:
+        """At a temperature of e^heat."""
+        temperature = math.exp(heat)
+
+        def excess(place: float) -> tuple[float, float]:  # and its slope
+            self._u = (self._x - place) / temperature
+            share = torch.sigmoid(self._u)
+            self._weight = share * (1 - share)
+            scale, total = 1 - 2 * FLOOR, float(share.sum())
+            return len(share) * FLOOR + scale * total - self._within, -scale * float(self._weight.sum()) / temperature
+
+        low, high = float(self._x.min()) - 40 * temperature, float(self._x.max()) + 40 * temperature
+        start = min(max(self._place, low), high)
+        self._place = _root(excess, low, high, start, 1e-9 * self._within)
+        return FLOOR + (1 - 2 * FLOOR) * torch.sigmoid(self._u)
+
+    def slope(self, units: Tensor) -> float:
+        """d/d heat of the sum of s over some units, where it was asked for last: the place moves along."""
+        moved, weight = self._u * self._weight, self._weight
+        mean = float(moved.sum()) / max(float(weight.sum()), 1e-300)
+        return (1 - 2 * FLOOR) * (mean * float(weight[units].sum()) - float(moved[units].sum()))
+
+
+def _root(
+    f: Callable[[float], tuple[float, float]], low: float, high: float, start: float, tolerance: float
+) -> float:
+    """Where a monotonic f, which returns its slope too, is within `tolerance` of 0, or nearest, from `low` to `high`.
+
+    Newton's method, and bisection where it would leave the interval or would not halve its step.
     """
-    at_low, at_high, side, x = f(low), f(high), 0, low
+    x, last = start, high - low
     for _ in range(200):
-        x = (low * at_high - high * at_low) / (at_high - at_low)
-        value = f(x)
-        if abs(value) <= tolerance or not min(low, high) < x < max(low, high):
+        value, slope = f(x)
+        if abs(value) <= tolerance:
             break
-        if (value > 0) == (at_high > 0):
-            high, at_high = x, value
-            at_low, side = (at_low / 2 if side == 1 else at_low), 1
-        else:
-            low, at_low = x, value
-            at_high, side = (at_high / 2 if side == -1 else at_high), -1
+        low, high = (low, x) if (value > 0) == (slope > 0) else (x, high)
+        step = value / slope if slope else math.inf
+        if not low < x - step < high or abs(step) > abs(last) / 2:
+            step = x - (low + high) / 2
+        if x - step == x:
+            break
+        x, last = x - step, step
     return x
