@@ -12,6 +12,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
 from offload_trainer.config import Config, OptimizerConfig
+from offload_trainer.config.base import shown
 from offload_trainer.device import ranks
 from offload_trainer.device.numa import stay_near
 from offload_trainer.device.processes import require_devices, use_all_cores
@@ -190,3 +191,17 @@ def resumable(config: Config) -> dict[str, object]:
         "structure.estimator": structure.estimator,
         "structure.control": structure.control,
     }
+
+
+def of_checkpoint(config: Config) -> dict[str, object]:
+    """What a checkpoint of a run says of its config: what must stay as it is, and all of it."""
+    return {"config": resumable(config), "settings": _flat(config.model_dump(mode="json"))}
+
+
+def changes(config: Config, meta: Mapping[str, Any]) -> str:
+    """What is not as it was in the run that a checkpoint is of; "" if nothing, or if that does not say."""
+    there, here = meta.get("settings", {}), _flat(config.model_dump(mode="json", exclude={"out", "resume"}))
+    other = [
+        f"{key} {shown(here[key])} (was {shown(there[key])})" for key in here if there.get(key, here[key]) != here[key]
+    ]
+    return f"; not as it was: {', '.join(other)}" if other else ""

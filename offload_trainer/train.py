@@ -20,7 +20,7 @@ from offload_trainer.evaluation import evaluate, evaluate_full
 from offload_trainer.files.writing import sole_writer
 from offload_trainer.forecast.show import show_forecast
 from offload_trainer.groups import Plan
-from offload_trainer.making import master_folder, resumable, set_learning_rate
+from offload_trainer.making import changes, master_folder, of_checkpoint, set_learning_rate
 from offload_trainer.master import CheckpointStore, set_aside, whole_folder
 from offload_trainer.master.interrupts import undivided
 from offload_trainer.monitor import Monitor
@@ -81,7 +81,7 @@ def train(config: Config) -> None:
         monitor.message(f"transfers: {offloader.mover.why}")
         if run.checkpoint is not None:
             snapshot.restore(offloader, run.checkpoint)
-            monitor.message(f"resumed from {run.checkpoint.path}")
+            monitor.message(f"resumed from {run.checkpoint.path}{changes(config, run.checkpoint.meta)}")
         if config.track.trackers:
             accelerator.init_trackers("offload-trainer")
         meter = Meter(task.unit, before_master, monitor.latest)
@@ -262,7 +262,7 @@ def due(every: int, previous: int, step: int) -> bool:
 def save_checkpoint(offloader: Offloader, store: CheckpointStore, config: Config) -> None:
     """Between two rounds: while the next one trains, or until the offloader is next waited for."""
     if offloader.accelerator.is_main_process:
-        snapshot.save_meanwhile(offloader, store, {"config": resumable(config)})
+        snapshot.save_meanwhile(offloader, store, of_checkpoint(config))
 
 
 @contextmanager
@@ -280,7 +280,7 @@ def kept_when_broken_off(
                 except NotFinite:  # what had just ended
                     step = offloader.boundary().numbers["steps"]
                 if step and not store.has(step):
-                    snapshot.save(offloader, store, {"config": resumable(config)})
+                    snapshot.save(offloader, store, of_checkpoint(config))
                 monitor.message(
                     f"broken off; --resume auto goes on from step {step}"
                     if step

@@ -264,8 +264,11 @@ def test_resuming_a_checkpoint_that_does_not_know_a_key(tmp_path: Path, monkeypa
     """One of an older version: what it does not say cannot differ."""
     file = str(config(tmp_path, **custom("wrong", part="square"), steps=4))
     rules = "{a: ['0.weight:0', '0.bias:0', '2.weight:1']}"
-    known = train.resumable
-    monkeypatch.setattr(train, "resumable", lambda c: {k: v for k, v in known(c).items() if k != "structure.rules"})
+
+    def of_older(config: Config) -> dict[str, object]:
+        return {"config": {key: value for key, value in making.resumable(config).items() if key != "structure.rules"}}
+
+    monkeypatch.setattr(train, "of_checkpoint", of_older)
     assert main(["--config", file, "--structure.rules", rules]) == 0
     assert main(["--config", file, "--resume", "auto", "--steps", "8", "--structure.rules", rules]) == 0
 
@@ -280,6 +283,17 @@ num_attention_heads: 4, num_key_value_heads: 2, head_dim: 8, max_position_embedd
     assert "is of another model: model.embed_tokens.weight is (256, 32) there, (256, 64) here" in line
     line = one_line(capsys, main(["--config", file, "--resume", "auto", "--sync_every", "6"]))
     assert "sync_every (6) must be 4" in line
+
+
+def test_a_resumed_run_says_what_is_not_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(config(tmp_path, **custom("blobs", rows=12)))
+    assert main(["--config", file, "--steps", "8"]) == 0
+    assert main(["--config", file, "--steps", "8", "--resume", "auto"]) == 0
+    said = capsys.readouterr().out
+    assert "resumed from" in said and "not as it was" not in said
+    file = str(config(tmp_path, **custom("blobs", rows=6)))
+    assert main(["--config", file, "--resume", "auto"]) == 0
+    assert "not as it was: steps 12 (was 8), task.arguments.rows 6 (was 12)" in capsys.readouterr().out
 
 
 def test_a_truncated_checkpoint_is_named_and_auto_falls_back(

@@ -123,6 +123,21 @@ def test_overlapping_rounds_equal_others_bit_for_bit(kind: str, case: str, monke
     assert_same(*ended)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_run_that_settles_equals_one_that_does_not_overlap(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of the reference is let go while its values may still be leaving."""
+    ended = []
+    for overlap in (False, True):
+        with monkeypatch.context() as patch, simulated(patch, seed), make("cnn", overlap=overlap) as trainer:
+            torch.manual_seed(5)
+            train(trainer, data(12))
+            trainer.settle()
+            train(trainer, data(18))
+            trainer.finish_round()
+            ended.append(result(trainer))
+    assert_same(*ended)
+
+
 @pytest.mark.parametrize("seed", range(40, 52))
 def test_whatever_is_done_rounds_that_overlap_change_nothing(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

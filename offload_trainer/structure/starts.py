@@ -77,9 +77,7 @@ class _Curve:
         return (1 - 2 * FLOOR) * (mean * float(weight[units].sum()) - float(moved[units].sum()))
 
 
-def _root(
-    f: Callable[[float], tuple[float, float]], low: float, high: float, start: float, tolerance: float
-) -> float:
+def _root(f: Callable[[float], tuple[float, float]], low: float, high: float, start: float, tolerance: float) -> float:
     """Where a monotonic f, which returns its slope too, is within `tolerance` of 0, or nearest, from `low` to `high`.
 
     Newton's method, and bisection where it would leave the interval or would not halve its step.
