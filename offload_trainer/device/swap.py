@@ -59,8 +59,6 @@ class Swap:
         """What training has not waited for yet: when it will be there."""
         self._last: tuple[Mark, Mark] | None = None
         """Begin and end of what came over the link last."""
-        self._ahead: Ahead | None = None
-        """Of the last swap: its places are kept until all that reads them is done."""
 
     def prepare(self, subnet: Subnet, plan: Plan, later: Plan, staged: Staged) -> Ahead:
         """For the swap after the running round: find out what its plan shares with the two that follow.
@@ -86,10 +84,11 @@ class Swap:
         clock: see `TrainedSubnet.begin`.
         """
         self.hold("weights", "moments")
-        self._ahead, staged = ahead, ahead.staged
+        staged = ahead.staged
         slabs = list(zip(staged["weights"], subnet.slabs, reference.slabs, strict=True))
         for _, slab, beside in slabs:
             for name in slab:
+                # The places are the lane's memory, which it has again only after what follows has waited for this.
                 patch(beside[name], slab[name], ahead.shared[name])
         if not self._in_place:
             subnet.exchange(reference)

@@ -3,7 +3,8 @@
 What it is given waits in the queue of its stream, and runs as late as somebody asks for it or as early as chance has
 it: in any order that streams and events allow. A copy from or to pinned memory reads and writes that memory only then.
 Memory that the host has let go is filled with NaN in the order of the stream that took it, as if the next one there had
-it. So whatever relies on an order that nothing enforces computes with other numbers, and a comparison tells.
+it, and nothing may write there from then on. So whatever relies on an order that nothing enforces computes with other
+numbers, and a comparison tells.
 
 Its tensors are CPU tensors inside, which kernels of the CPU compute with: it says nothing about speed, precision, or
 kernels of a real device.
@@ -79,3 +80,4 @@ def simulated(monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[Gpu]:
     monkeypatch.setattr(threading.Thread, "run", with_mode)
     with Mode(gpu):
         yield gpu
+        gpu.require_order()

@@ -67,6 +67,7 @@ class Gpu:
         self.generator = torch.Generator()
         self.pinned: dict[int, int] = {}
         """Address → bytes of the host's memory."""
+        self._used_again: list[Tensor] = []
         self.allocated = self.peak = self.launched = 0
         """Bytes; kernels and copies."""
 
@@ -140,11 +141,25 @@ class Gpu:
             self.allocated += nbytes
             self.peak = max(self.peak, self.allocated)
 
-    def freed(self, inner: Tensor, stream: Stream) -> None:
+    def freed(self, inner: Tensor, stream: Stream, streams: set[Stream]) -> None:
+        """By the host. stream: that took it; streams: that were given work with it."""
+
+        def use_again() -> None:
+            spoilt(inner)
+            if streams - {stream}:
+                self._used_again.append(inner)
+
         with self._lock:
             self.allocated -= inner.nbytes
-            stream.queue.append(lambda: spoilt(inner))
+            stream.queue.append(use_again)
             stream.given += 1
+
+    def require_order(self) -> None:
+        """Raise if a stream wrote into memory that another one had again by then."""
+        self.synchronize()
+        for inner in self._used_again:
+            same = inner.isnan() if inner.is_floating_point() else inner == 0
+            assert bool(same.all()), f"{tuple(inner.shape)} {inner.dtype} was written to after it was let go"
 
     def is_pinned(self, tensor: Tensor) -> bool:
         start = tensor.data_ptr()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from tests.simulated.gpu import Gpu, spoilt
+from tests.simulated.gpu import Gpu, Stream, spoilt
 
 CUDA = torch.device("cuda", 0)
 aten: Any = torch.ops.aten
@@ -26,7 +26,9 @@ class Block:
 
     def __init__(self, gpu: "Gpu", inner: Tensor):
         gpu.taken(inner.nbytes)
-        weakref.finalize(self, gpu.freed, inner, gpu.current).atexit = False
+        self.streams: set[Stream] = set()
+        """That were given work with it."""
+        weakref.finalize(self, gpu.freed, inner, gpu.current, self.streams).atexit = False
 
 
 class Simulated(Tensor):
@@ -107,6 +109,9 @@ def dispatch(gpu: Gpu, func: Any, args: Any, kwargs: Any) -> Any:
     if any(tag in func.tags for tag in ASKS):
         gpu.current.synchronize()
         return tree_map_only(Tensor, lambda tensor: _ready(gpu, tensor), call())
+    for tensor in tree_flatten(given)[0]:
+        if isinstance(tensor, Simulated):
+            tensor.block.streams.add(gpu.current)
     gpu.launched += not func.__name__.startswith("empty")
     if written and all(one.alias_info is not None for one in returns):
         gpu.give(call)
@@ -169,6 +174,9 @@ def _copied(gpu: Gpu, source: Tensor, *, dtype: Any = None, device: Any = None, 
 def _copy(gpu: Gpu, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     gpu.launched += 1
     to_device, from_device = isinstance(target, Simulated), isinstance(source, Simulated)
+    for tensor in (target, source):
+        if isinstance(tensor, Simulated):
+            tensor.block.streams.add(gpu.current)
     there, here = (x.inner if isinstance(x, Simulated) else x.detach() for x in (target, source))
     host = None if to_device and from_device else here if to_device else there
     alone = host is None or (non_blocking and gpu.is_pinned(host))
