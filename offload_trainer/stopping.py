@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from accelerate import Accelerator
 
 from offload_trainer.device import ranks
+from offload_trainer.device.streams import Reading
 from offload_trainer.errors import NotFinite
 
 
 @contextmanager
 def stopping_together(accelerator: Accelerator) -> Iterator[Callable[[], None]]:
-    """Yields what every rank calls once a step; it raises KeyboardInterrupt on all if any was interrupted since.
+    """Yields what every rank calls once a step; it raises KeyboardInterrupt on all if any was interrupted a step ago:
+    the answer for the last step is there already, so nobody waits for this one.
 
     Until the block is left nothing else is made of an interrupt. What all ranks raise, that or `NotFinite`, leaves it
     when it has come to the end of the block on all of them. One rank alone is interrupted as ever.
@@ -25,16 +27,18 @@ def stopping_together(accelerator: Accelerator) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     asked = agreed = False
+    last: Reading | None = None
 
     def ask(*_: object) -> None:
         nonlocal asked
         asked = True
 
     def stop_if_asked() -> None:
-        nonlocal agreed
-        agreed = ranks.anywhere(accelerator, asked)
+        nonlocal agreed, last
+        agreed = last is not None and bool(last.wait()["count"])
         if agreed:
             raise KeyboardInterrupt
+        last = ranks.count(accelerator, asked)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,6 +1,6 @@
 """What the processes of a run must agree on. With one process each of these is the identity."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -8,38 +8,56 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 
+from offload_trainer.device.streams import Reading
 from offload_trainer.errors import UserError
+
+BUCKET = 2**26
+"""Bytes that are averaged in one message, unless one tensor has more. The message takes twice that while it is sent."""
 
 
 def average_(accelerator: Accelerator, tensors: Iterable[Tensor]) -> None:
-    """Each tensor ← its mean over the ranks, in one message per dtype."""
+    """Each tensor ← its mean over the ranks, in few messages. The host does not wait for the device."""
     if accelerator.num_processes == 1:
         return
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        by_dtype.setdefault(tensor.dtype, []).append(tensor)
-    for group in by_dtype.values():
-        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
         flat = accelerator.reduce(flat, reduction="mean")
-        for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):  # type: ignore[union-attr]
+        for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):  # type: ignore[union-attr]
             tensor.copy_(part.view_as(tensor))
 
 
-def average_gradients(accelerator: Accelerator, parameters: Mapping[str, nn.Parameter]) -> None:
-    """A parameter that some rank's share of the batch did not reach counts there with a gradient of zero.
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Of one type each."""
+    open_: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        bucket = open_.setdefault(tensor.dtype, [])
+        bucket.append(tensor)
+        if sum(one.nbytes for one in bucket) >= BUCKET:
+            yield open_.pop(tensor.dtype)
+    yield from open_.values()
 
-    With several ranks the host waits for the device here, in every step: a parameter that no rank reached must stay
-    without a gradient, or its optimizer would step it.
+
+def average_gradients(accelerator: Accelerator, parameters: Mapping[str, nn.Parameter]) -> None:
+    """A parameter that some rank's share of the batch did not reach counts there with a gradient of zero; one that no
+    rank reached stays without a gradient, or its optimizer would step it.
+
+    The host waits for the device on a rank that did not reach them all, since it has to ask the others.
     """
     if accelerator.num_processes == 1:
         return
-    device = accelerator.device
-    there = torch.tensor([float(p.grad is not None) for p in parameters.values()], device=device)
-    anywhere: Any = accelerator.reduce(there, reduction="sum")
-    for parameter, count in zip(parameters.values(), anywhere.tolist(), strict=True):
-        if count and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    average_(accelerator, [p.grad for p in parameters.values() if p.grad is not None])
+    every = list(parameters.values())
+    missing = [i for i, parameter in enumerate(every) if parameter.grad is None]
+    reached = torch.ones(len(every), device=accelerator.device)
+    if missing:
+        reached[missing] = 0
+    for i in missing:
+        every[i].grad = torch.zeros_like(every[i])
+    average_(accelerator, [reached, *(parameter.grad for parameter in every if parameter.grad is not None)])
+    if missing:
+        shares = reached.tolist()
+        for i in missing:
+            if not shares[i]:
+                every[i].grad = None
 
 
 def average_buffers(accelerator: Accelerator, module: nn.Module) -> None:
@@ -60,12 +78,15 @@ def mean(accelerator: Accelerator, value: Tensor) -> float:
     return float(accelerator.reduce(value.detach().reshape(1).float(), reduction="mean"))  # type: ignore[arg-type]
 
 
+def count(accelerator: Accelerator, value: bool) -> Reading:
+    """On how many ranks it is so, as `count`; on its way to the host. For several ranks."""
+    here = torch.full((), float(value), device=accelerator.device)
+    return Reading({"count": accelerator.reduce(here, reduction="sum")}, accelerator.device)  # type: ignore[dict-item]
+
+
 def anywhere(accelerator: Accelerator, value: bool) -> bool:
     """Whether it is so on any rank. With several the host waits for the device here."""
-    if accelerator.num_processes == 1:
-        return value
-    total: Any = accelerator.reduce(torch.tensor(float(value), device=accelerator.device), reduction="sum")
-    return bool(total)
+    return value if accelerator.num_processes == 1 else bool(count(accelerator, value).wait()["count"])
 
 
 def gather(accelerator: Accelerator, value: Any) -> list[Any]:
