@@ -91,6 +91,10 @@ def _predicted(module: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:  # (t
     return logits.float().flatten(0, 1), batch[:, 1:].flatten()
 
 
+def _none_packed(position_ids: Tensor) -> None:
+    """As the function it stands for says it of whole rows."""
+
+
 @contextmanager
 def _whole_rows() -> Iterator[None]:
     """A row of a batch is one sequence. transformers asks the device in every forward whether that is so, since its
@@ -99,7 +103,7 @@ def _whole_rows() -> Iterator[None]:
     if asked is None:  # a transformers that does not
         yield
         return
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    masking_utils.find_packed_sequence_indices = _none_packed  # always the same one: what is compiled depends on it
     try:
         yield
     finally:
