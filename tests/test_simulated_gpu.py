@@ -116,7 +116,8 @@ def test_overlapping_rounds_equal_others_bit_for_bit(kind: str, case: str, monke
             torch.manual_seed(5)
             losses = train(trainer, MODELS[kind][1](20))
             trainer.finish_round()
-            ended.append(result(trainer) | {f"loss {i}": loss.cpu() for i, loss in enumerate(losses)})
+            shown = {f"loss {i}": loss.cpu() for i, loss in enumerate(losses)}
+            ended.append(result(trainer) | shown | {"delta": torch.tensor(trainer._bench.writeback.delta_norm)})
             assert type(next(trainer.subnet.parameters())) is Simulated
         assert not gpu.pinned
         assert bool(swaps) == (overlap and case != "bernoulli")
