@@ -44,7 +44,7 @@ def polarised(
 
     if beyond(hot)[0] <= 0:
         return uniform
-    return curve.at(_root(beyond, cold, hot, (cold + hot) / 2, 1e-5 * share)).float()
+    return curve.at(_root(beyond, cold, hot, (cold + hot) / 2, 1e-5 * share, rising=True)).float()
 
 
 class _Curve:
@@ -67,7 +67,7 @@ class _Curve:
 
         low, high = float(self._x.min()) - 40 * temperature, float(self._x.max()) + 40 * temperature
         start = min(max(self._place, low), high)
-        self._place = _root(excess, low, high, start, 1e-9 * self._within)
+        self._place = _root(excess, low, high, start, 1e-9 * self._within, rising=False)
         return FLOOR + (1 - 2 * FLOOR) * torch.sigmoid(self._u)
 
     def slope(self, units: Tensor) -> float:
@@ -77,7 +77,9 @@ class _Curve:
         return (1 - 2 * FLOOR) * (mean * float(weight[units].sum()) - float(moved[units].sum()))
 
 
-def _root(f: Callable[[float], tuple[float, float]], low: float, high: float, start: float, tolerance: float) -> float:
+def _root(
+    f: Callable[[float], tuple[float, float]], low: float, high: float, start: float, tolerance: float, *, rising: bool
+) -> float:
     """Where a monotonic f, which returns its slope too, is within `tolerance` of 0, or nearest, from `low` to `high`.
 
     Newton's method, and bisection where it would leave the interval or would not halve its step.
@@ -87,7 +89,7 @@ def _root(f: Callable[[float], tuple[float, float]], low: float, high: float, st
         value, slope = f(x)
         if abs(value) <= tolerance:
             break
-        low, high = (low, x) if (value > 0) == (slope > 0) else (x, high)
+        low, high = (low, x) if (value > 0) == rising else (x, high)
         step = value / slope if slope else math.inf
         if not low < x - step < high or abs(step) > abs(last) / 2:
             step = x - (low + high) / 2
