@@ -201,7 +201,8 @@ def of_checkpoint(config: Config) -> dict[str, object]:
 def changes(config: Config, meta: Mapping[str, Any]) -> str:
     """What is not as it was in the run that a checkpoint is of; "" if nothing, or if that does not say."""
     there, here = meta.get("settings", {}), _flat(config.model_dump(mode="json", exclude={"out", "resume"}))
+    keys = [key for key in dict.fromkeys([*here, *there]) if key not in ("out", "resume")] if there else []
     other = [
-        f"{key} {shown(here[key])} (was {shown(there[key])})" for key in here if there.get(key, here[key]) != here[key]
+        f"{key} {shown(here.get(key))} (was {shown(there.get(key))})" for key in keys if here.get(key) != there.get(key)
     ]
     return f"; not as it was: {', '.join(other)}" if other else ""

@@ -18,7 +18,7 @@ from offload_trainer.errors import NotFinite
 @contextmanager
 def stopping_together(accelerator: Accelerator) -> Iterator[Callable[[], None]]:
     """Yields what every rank calls once a step; it raises KeyboardInterrupt on all if any was interrupted a step ago:
-    the answer for the last step is there already, so nobody waits for this one.
+    so the host waits for the device's step before, not for this one. What was asked in the last is answered at the end.
 
     Until the block is left nothing else is made of an interrupt. What all ranks raise, that or `NotFinite`, leaves it
     when it has come to the end of the block on all of them. One rank alone is interrupted as ever.
@@ -33,16 +33,21 @@ def stopping_together(accelerator: Accelerator) -> Iterator[Callable[[], None]]:
         nonlocal asked
         asked = True
 
-    def stop_if_asked() -> None:
-        nonlocal agreed, last
+    def stop_if_agreed() -> None:
+        nonlocal agreed
         agreed = last is not None and bool(last.wait()["count"])
         if agreed:
             raise KeyboardInterrupt
+
+    def stop_if_asked() -> None:
+        nonlocal last
+        stop_if_agreed()
         last = ranks.count(accelerator, asked)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop_if_asked
+        stop_if_agreed()
     except NotFinite:
         agreed = True
         raise

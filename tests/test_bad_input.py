@@ -294,6 +294,9 @@ def test_a_resumed_run_says_what_is_not_as_it_was(tmp_path: Path, capsys: pytest
     file = str(config(tmp_path, **custom("blobs", rows=6)))
     assert main(["--config", file, "--resume", "auto"]) == 0
     assert "not as it was: steps 12 (was 8), task.arguments.rows 6 (was 12)" in capsys.readouterr().out
+    file = str(config(tmp_path, **custom("blobs")))
+    assert main(["--config", file, "--resume", "auto"]) == 0
+    assert "not as it was: task.arguments.rows null (was 6)" in capsys.readouterr().out
 
 
 def test_a_truncated_checkpoint_is_named_and_auto_falls_back(

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from offload_trainer.errors import NotFinite, UserError
 from offload_trainer.master.interrupts import undivided
@@ -48,3 +49,17 @@ def test_ranks_that_fail_together_wait_for_one_another(error: type[UserError], w
     with pytest.raises(error), stopping_together(ranks):
         raise error("")
     assert waited == [True] * waits
+
+
+def test_an_interrupt_in_the_last_step_is_not_lost() -> None:
+    alike: Any = SimpleNamespace(
+        num_processes=2, device=torch.device("cpu"), reduce=lambda value, reduction: 2 * value, wait_for_everyone=list
+    )
+    steps = []
+    with pytest.raises(KeyboardInterrupt), stopping_together(alike) as stop_if_asked:
+        for step in range(3):
+            if step == 2:
+                signal.raise_signal(signal.SIGTERM)
+            stop_if_asked()
+            steps.append(step)
+    assert steps == [0, 1, 2]

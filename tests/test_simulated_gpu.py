@@ -1,4 +1,4 @@
-"""What goes on beside training on a GPU, in every order that its streams and events allow: see simulated.py.
+"""What goes on beside training on a GPU, in every order that its streams and events allow: see tests/simulated.
 
 DESIGN §10, 6, and what can be had of 2 and 8 without a GPU; test_gpu.py has them on a real one.
 """

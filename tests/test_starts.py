@@ -49,6 +49,11 @@ def test_units_that_do_nothing_come_last():
     assert float(s[[0, 3]].max()) < float(s[[1, 2, 4]].min())
 
 
+def test_where_the_slope_is_lost_in_rounding():
+    scores = [0.9850350022315979, 0.8909765481948853, 0.2695687413215637, 0.1775471568107605]
+    assert float(polarised(torch.tensor(scores), 1.023784060437498, 0.05)[1]) == pytest.approx(0.0492, abs=1e-4)
+
+
 @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
 def test_scores_must_be_scores(bad: float):
     with pytest.raises(ValueError, match="scores must be finite and not negative"):

@@ -1,5 +1,6 @@
 """What the processes of a run must agree on. With one process each of these is the identity."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from offload_trainer.device.streams import Reading
 from offload_trainer.errors import UserError
 
 BUCKET = 2**26
-"""Bytes that are averaged in one message, unless one tensor has more. The message takes twice that while it is sent."""
+"""Bytes from which on a message is sent: it has less than that beside its last tensor, and takes twice its size."""
 
 
 def average_(accelerator: Accelerator, tensors: Iterable[Tensor]) -> None:
@@ -20,19 +21,24 @@ def average_(accelerator: Accelerator, tensors: Iterable[Tensor]) -> None:
     if accelerator.num_processes == 1:
         return
     for bucket in _buckets(tensors):
-        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-        flat = accelerator.reduce(flat, reduction="mean")
-        for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):  # type: ignore[union-attr]
-            tensor.copy_(part.view_as(tensor))
+        _average(accelerator, bucket)
+
+
+def _average(accelerator: Accelerator, bucket: list[Tensor]) -> None:  # apart: none of one message outlives it
+    flat: Any = accelerator.reduce(torch.cat([tensor.reshape(-1) for tensor in bucket]), reduction="mean")
+    for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Of one type each."""
     open_: dict[torch.dtype, list[Tensor]] = {}
+    sizes: Counter[torch.dtype] = Counter()
     for tensor in tensors:
-        bucket = open_.setdefault(tensor.dtype, [])
-        bucket.append(tensor)
-        if sum(one.nbytes for one in bucket) >= BUCKET:
+        open_.setdefault(tensor.dtype, []).append(tensor)
+        sizes[tensor.dtype] += tensor.nbytes
+        if sizes[tensor.dtype] >= BUCKET:
+            sizes[tensor.dtype] = 0
             yield open_.pop(tensor.dtype)
     yield from open_.values()
 

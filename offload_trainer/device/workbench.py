@@ -116,7 +116,7 @@ class Workbench:
     @torch.no_grad()
     def unload(self, steps: int, round: int) -> None:
         """The values of a round, of this number and of `steps` steps, leave for staging; after `wait`. The host waits
-        for nothing, unless the master is narrow (`Transfer.unload`) or an optimizer keeps numbers on the device.
+        for nothing, unless an optimizer keeps numbers on the device.
 
         `writeback.end` follows, or `clear` if they are not to reach the master.
         """

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from offload_trainer import memory
+from offload_trainer.device import ranks
 from offload_trainer.device.elements import CHUNK
 from offload_trainer.device.link import PROBED
 from offload_trainer.forecast import footprint
@@ -47,7 +48,7 @@ class Predictor:
     process: int
     """Bytes of host memory that the process holds already: Python, libraries, data, a model that is not on meta."""
     processes: int = 1
-    """Of the run; they average their gradients in one message."""
+    """Of the run; they average their gradients."""
     rehearsal: bool = False
     """Whether loss and metrics are tried on a subnet before the run."""
     proof: bool = True
@@ -177,7 +178,8 @@ class Predictor:
         in_heap = sizes.gradients_below(memory.HEAP_BLOCK)
         state_in_heap = int(cost.state * in_heap)
         credit = {"gradients": sizes.gradients, "products": sizes.widest}
-        averaging = {"gradients": sizes.gradients, "message and its mean": 2 * sizes.gradients}
+        message = min(sizes.gradients, ranks.BUCKET + sizes.widest)
+        averaging = {"gradients": sizes.gradients, "message and its mean": 2 * message}
         return [
             Phase(
                 "forward and backward",

@@ -87,8 +87,10 @@ class Gpu:
     @contextmanager
     def on(self, stream: Stream) -> Iterator[None]:
         before, self._local.stream = self.current, stream
-        yield
-        self._local.stream = before
+        try:
+            yield
+        finally:
+            self._local.stream = before
 
     def give(self, work: Any, stream: Stream | None = None) -> None:
         """A kernel, or an event to wait for."""
