@@ -16,17 +16,19 @@ from torch import Tensor, nn
 from offload_trainer import Structure, evaluation, find_groups, making
 from offload_trainer import train as run
 from offload_trainer.config import parse
-from offload_trainer.device import elements, swap, transfer
+from offload_trainer.device import elements, swap, transfer, workbench
 from offload_trainer.device.streams import Lane, Mark, Reading
 from offload_trainer.device.swap import Swap
-from offload_trainer.master import Slab
+from offload_trainer.forecast import sizes
+from offload_trainer.forecast.sizes import Sizes
+from offload_trainer.master import Precision, Slab, probe_optimizer
 from offload_trainer.offloader import Offloader
 from offload_trainer.tasks import causal_lm
 from tests.runs import config, metrics
 from tests.simulated import CUDA, Gpu, Simulated, simulated
 from tests.test_any_order import compare
 from tests.test_offloader import ADAMW, data
-from tests.test_pipeline import CASES, MODELS, assert_same, language_loss, llama, make, result, text
+from tests.test_pipeline import CASES, MODELS, assert_same, language_loss, llama, make, races, result, text  # noqa: F401
 
 
 @pytest.fixture
@@ -97,13 +99,20 @@ def hand_over(monkeypatch: pytest.MonkeyPatch, seed: int, *waits: str) -> list[f
 
 
 @pytest.mark.parametrize(
-    "case", ["adamw", "fused", "sgd", "every step", "unpaired", "narrow", "one group", "bernoulli"]
+    ("case", "in_place"),
+    [
+        *[(case, False) for case in ("adamw", "fused", "sgd", "every step", "narrow", "one group", "bernoulli")],
+        *[(case, in_place) for case in ("credit", "s stays") for in_place in (False, True)],
+    ],
 )
 @pytest.mark.parametrize("kind", MODELS)
-def test_overlapping_rounds_equal_others_bit_for_bit(kind: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overlapping_rounds_equal_others_bit_for_bit(
+    kind: str, case: str, in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(transfer, "PART", 2**12)  # what is sent in one part goes in several, as a large network's does
     monkeypatch.setattr(elements, "PATCH", 2**10)
     monkeypatch.setattr(swap, "ARRIVING", 2**10)
+    monkeypatch.setattr(workbench, "Swap", lambda *arguments, **_: Swap(*arguments, in_place=in_place))
     swaps, do = [], Swap.do
     monkeypatch.setattr(Swap, "do", lambda *arguments: swaps.append(do(*arguments)))
     ended = []
@@ -124,9 +133,10 @@ def test_overlapping_rounds_equal_others_bit_for_bit(kind: str, case: str, monke
     assert_same(*ended)
 
 
+@pytest.mark.usefixtures("races")
 @pytest.mark.parametrize("seed", range(4))
 def test_a_run_that_settles_equals_one_that_does_not_overlap(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory of the reference is let go while its values may still be leaving."""
+    """A round that trains the last one's plan trains the very tensors whose values may still be leaving."""
     ended = []
     for overlap in (False, True):
         with monkeypatch.context() as patch, simulated(patch, seed), make("cnn", overlap=overlap) as trainer:
@@ -204,6 +214,39 @@ def test_a_swap_is_few_launches(
             with Offloader(model, groups, loss, **made) as trainer:
                 train(trainer, list(batches))
     assert len(counts) == 6 and counts[5] - counts[2] == 4 * launches
+
+
+@pytest.mark.parametrize("precision", [Precision(), Precision(torch.bfloat16, torch.bfloat16)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("network", [Residual, chain])
+def test_what_a_swap_takes_on_the_device_is_foreseen(
+    network: Callable[[int], nn.Module], precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "LINK_CHUNK", 2**6)
+    for module, name, size in ((swap, "ARRIVING", 600), (elements, "PATCH", 64)):
+        monkeypatch.setattr(module, name, size)
+        monkeypatch.setattr(sizes, name, size)
+    model, batches = network(6), torch.randn(18, 4, 16)
+    groups = find_groups(model, (torch.zeros(3, 16),))
+    structure = Structure(groups, 0.5)
+    took, do = [], Swap.do
+
+    def measured(*arguments: Any) -> None:
+        before = gpu.peak = gpu.allocated
+        do(*arguments)
+        took.append(gpu.peak - before)
+
+    with simulated(monkeypatch, 0) as gpu:
+        monkeypatch.setattr(Swap, "do", measured)
+        layout = probe_optimizer(ADAMW, torch.float32, CUDA, carry=True)
+        loss = lambda module, x: module(x).square().mean()  # noqa: E731
+        with Offloader(
+            model, groups, loss, optimizer=ADAMW, structure=structure, sync_every=3, precision=precision
+        ) as trainer:
+            plan = trainer.plan
+            train(trainer, list(batches))
+    predicted = Sizes(network(6), layout, precision, plan, groups.sliced_by(structure.names))
+    foreseen = predicted.arriving(on_host=False)
+    assert len(took) == 5 and foreseen / 2 < max(took) <= foreseen, (took, foreseen)
 
 
 def test_a_language_model_keeps_nobody_waiting(gpu: Gpu) -> None:

@@ -2,11 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from offload_trainer.device.streams import Reading
@@ -96,8 +98,18 @@ def anywhere(accelerator: Accelerator, value: bool) -> bool:
 
 
 def gather(accelerator: Accelerator, value: Any) -> list[Any]:
-    """The value of every rank, in rank order."""
-    return gather_object([value]) if accelerator.num_processes > 1 else [value]
+    """The value of every rank, in rank order. The host waits for other hosts, not for the device."""
+    if accelerator.num_processes == 1:
+        return [value]
+    every = [value] * accelerator.num_processes
+    dist.all_gather_object(every, value, group=_hosts(dist.group.WORLD))
+    return every
+
+
+@cache
+def _hosts(_: Any) -> Any:
+    """The same processes, reached without their devices: NCCL would wait for all that those have to do."""
+    return dist.new_group(backend="gloo")
 
 
 def require_same(accelerator: Accelerator, what: str, value: str) -> None:

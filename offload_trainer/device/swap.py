@@ -6,18 +6,17 @@ tensors are replaced once their old values have left, and training waits for the
 that is evaluated, for the moments at the first optimizer step.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from offload_trainer.device.elements import Index, copy_all, on_device, patch
 from offload_trainer.device.streams import Lane, Mark, hold_all
 from offload_trainer.device.subnet import Subnet, TrainedSubnet
 from offload_trainer.device.transfer import Transfer
 from offload_trainer.groups.plan import Plan
-from offload_trainer.master.slab import Slab
+from offload_trainer.master.slab import Part, Slab
 
 Staged = Mapping[str, Sequence[Slab]]
 """Slabs of "weights" (with the buffers), and of each moment by its name."""
@@ -95,16 +94,14 @@ class Swap:
         with self._lane.after(Mark(self._device)):
             begin = Mark(self._device, timed=True)
             for waiting, slab, beside in slabs:
-                for arrived in self._arriving(waiting, slab, ahead.shared_later, unloaded["weights"]):
-                    if self._in_place:
-                        copy_all(slab, {name: beside[name] for name in arrived})
-                    copy_all(beside if self._in_place else slab, arrived)
+                self._replace(
+                    slab, waiting, ahead.shared_later, unloaded["weights"], beside if self._in_place else None
+                )
             hold_all(unloaded["weights"])  # of tensors that no plan slices, too: they are trained where they are
             self._coming["weights"] = Mark(self._device)
             for moment in subnet.moments:
                 for waiting, slab in zip(staged[moment], subnet.slabs_of(moment), strict=True):
-                    for arrived in self._arriving(waiting, slab, ahead.shared, unloaded[moment]):
-                        copy_all(slab, arrived)
+                    self._replace(slab, waiting, ahead.shared, unloaded[moment])
                 hold_all(unloaded[moment])
             subnet.begin(clock)
             self._coming["moments"] = Mark(self._device, timed=True)
@@ -113,16 +110,24 @@ class Swap:
         if self._in_place:
             self.hold("weights")
 
-    def _arriving(
-        self, waiting: Slab, old: Slab, places: Places, unloaded: Mapping[str, Mark]
-    ) -> Iterator[Mapping[str, Tensor]]:
-        """New values by name, for some tensors after others, once the old ones may be overwritten."""
+    def _replace(
+        self, old: Slab, waiting: Slab, places: Places, unloaded: Mapping[str, Mark], after: Slab | None = None
+    ) -> None:
+        """Old values ← what waits, some tensors after others, once those may be overwritten. With `after`, the old
+        ones ← its, and its ← what waits."""
         for part in waiting.parts(ARRIVING * waiting.flat.element_size() // old.flat.element_size()):
-            arrived = self._transfer.arrived(part, old.flat.dtype)
-            for name, new in arrived.items():
-                patch(new, old[name], places[name])
-            hold_all({name: unloaded[name] for name in arrived})
-            yield arrived
+            self._replace_part(old, part, places, unloaded, after)
+
+    def _replace_part(  # apart: the memory of one part is free before that of the next is taken
+        self, old: Slab, part: Part, places: Places, unloaded: Mapping[str, Mark], after: Slab | None
+    ) -> None:
+        arrived = self._transfer.arrived(part, old.flat.dtype)
+        for name, new in arrived.items():
+            patch(new, old[name], places[name])
+        hold_all({name: unloaded[name] for name in arrived})
+        if after is not None:
+            copy_all(old, {name: after[name] for name in arrived})
+        copy_all(old if after is None else after, arrived)
 
     def hold(self, *what: str) -> None:
         """Training waits for "weights" or "moments" that are under way. The host does not."""

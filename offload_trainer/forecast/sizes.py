@@ -120,8 +120,12 @@ class Sizes:
     @property
     def rounding(self) -> int:
         """Scratch on the device while values become those of a narrower master, piece by piece."""
-        narrower = [shape.numel() for name, (dtype, shape) in self._stored.items() if dtype != self._computed[name][0]]
-        return 20 * min(LINK_CHUNK, sum(narrower))
+        narrower = [
+            sum(shape.numel() for shape in shapes.values())
+            for dtype, stored, shapes in chain(*self._kinds)
+            if dtype != stored
+        ]
+        return 20 * min(LINK_CHUNK, max(narrower, default=0))
 
 
 def _stored_bytes(kind: Iterable[Layout]) -> int:

@@ -37,8 +37,8 @@ class Stream:
 class Event:
     """A place in a stream."""
 
-    def __init__(self, gpu: "Gpu", **_: Any):
-        self._gpu = gpu
+    def __init__(self, gpu: "Gpu", *, enable_timing: bool = False, **_: Any):
+        self._gpu, self._timed = gpu, enable_timing
         self.stream, self.place = gpu.default, 0
 
     def record(self, stream: Stream) -> None:
@@ -52,7 +52,11 @@ class Event:
     def synchronize(self) -> None:
         self._gpu.wait(self.stream, self.place)
 
-    def elapsed_time(self, _: "Event") -> float:
+    def elapsed_time(self, end: "Event") -> float:
+        if not (self._timed and end._timed):
+            raise RuntimeError("an event that is not timed")
+        if any(event.stream.done < event.place for event in (self, end)):
+            raise RuntimeError("an event that is not there yet")
         return 1.0
 
 

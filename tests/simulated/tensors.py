@@ -19,6 +19,8 @@ QUIET = {aten.native_batch_norm.default: (3, 4)}
 """Arguments that an op changes and whose schema does not say so."""
 ASKS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 """Of ops for whose outcome the host waits."""
+INDEXED = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
+"""Ops whose indices may be the host's, which are sent first, or masks, whose places are counted first."""
 
 
 class Block:
@@ -95,9 +97,15 @@ def dispatch(gpu: Gpu, func: Any, args: Any, kwargs: Any) -> Any:
         return _copied(gpu, *args, **kwargs)
     if func is aten.copy_.default:
         return _copy(gpu, *args, **kwargs)
+    if func is aten._foreach_copy_.default and not all(isinstance(x, Simulated) for x in (*args[0], *args[1])):
+        for target, source in zip(*args[:2], strict=True):
+            _copy(gpu, target, source, *args[2:], **kwargs)
+        return None
     if "device" in kwargs:
         assert kwargs["device"] is None or kwargs["device"].type == "cuda", f"{func} makes a tensor of the host"
         kwargs = {**kwargs, "device": torch.device("cpu")}
+    else:
+        _require_here(gpu, func, args, kwargs)
     # A number of the host is read when the kernel is launched.
     inner_args, inner_kwargs = tree_map_only(Tensor, _inner, (args, kwargs))
     call = _seeded(gpu, func, lambda **more: func(*inner_args, **{**inner_kwargs, **more}))
@@ -132,6 +140,24 @@ def dispatch(gpu: Gpu, func: Any, args: Any, kwargs: Any) -> Any:
 
     gpu.give(run)
     return outs
+
+
+def _require_here(gpu: Gpu, func: Any, args: Any, kwargs: Any) -> None:
+    """An op on the device takes tensors of the device, numbers, and indices of the host, which it waits for."""
+    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+    if func in INDEXED:
+        indices = [index for index in args[1] if index is not None]
+        if any(not isinstance(index, Simulated) or index.dtype == torch.bool for index in indices):
+            gpu.current.synchronize()
+        tensors = [x for x in tensors if all(x is not index for index in indices)]
+    strangers = [x for x in tensors if x.ndim and not isinstance(x, Simulated) and not _is_mask(x)]
+    if strangers:
+        raise RuntimeError(f"{func} takes {[tuple(x.shape) for x in strangers]} of the host")
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    """That attention in C++ makes for itself, where it believes these tensors to be."""
+    return bool(((tensor == 0) | (tensor == -torch.inf)).all())
 
 
 def _new(gpu: Gpu, inner: Tensor) -> Simulated:
@@ -183,7 +209,7 @@ def _copy(gpu: Gpu, target: Tensor, source: Tensor, non_blocking: bool = False) 
     if to_device and not alone:
         here = here.clone()  # the driver has taken it when the call returns
     gpu.give(lambda: there.copy_(here))
-    if not alone and not (to_device and non_blocking):
+    if not alone:  # pageable memory goes through a buffer of the driver's, for which it may wait
         gpu.current.synchronize()
     return target
 
