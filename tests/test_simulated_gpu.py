@@ -19,6 +19,7 @@ from offload_trainer.config import parse
 from offload_trainer.device import elements, swap, transfer, workbench
 from offload_trainer.device.streams import Lane, Mark, Reading
 from offload_trainer.device.swap import Swap
+from offload_trainer.device.writeback import WriteBack
 from offload_trainer.forecast import sizes
 from offload_trainer.forecast.sizes import Sizes
 from offload_trainer.master import Precision, Slab, probe_optimizer
@@ -131,6 +132,49 @@ def test_overlapping_rounds_equal_others_bit_for_bit(
         assert not gpu.pinned
         assert bool(swaps) == (overlap and case != "bernoulli")
     assert_same(*ended)
+
+
+@pytest.mark.parametrize("late", ["training", "leaving", "arriving"])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("factory", [ADAMW, lambda params: torch.optim.SGD(params, lr=0.05)], ids=["adamw", "sgd"])
+def test_one_stream_is_late(
+    factory: Callable[[Any], torch.optim.Optimizer], in_place: bool, late: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As late as can be, which chance rarely has. What leaves last is of tensors that no plan slices: they are trained
+    where they are, and the next round mends in the master what this one spoils."""
+    monkeypatch.setattr(transfer, "PART", 2**10)
+    monkeypatch.setattr(workbench, "Swap", lambda *arguments, **_: Swap(*arguments, in_place=in_place))
+    torch.manual_seed(0)
+    parts = [nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 64)]
+    model, batches = nn.Sequential(*parts), torch.randn(12, 4, 8)
+    groups = find_groups(model, (torch.zeros(3, 8),))
+    written, write_back_ended = list[list[Tensor]](), WriteBack._ended
+    for overlap in (False, True):
+        written.append([])
+
+        def noted(writeback: WriteBack) -> None:
+            write_back_ended(writeback)
+            master = writeback._master
+            written[-1] += [
+                tensor.clone() for held in (master.tensors, *master.moments.values()) for tensor in held.values()
+            ]
+
+        monkeypatch.setattr(WriteBack, "_ended", noted)
+        structure = Structure(groups, 0.5, per_group_keep={"0": 0.5})
+        made = {"optimizer": factory, "structure": structure, "sync_every": 2, "overlap": overlap}
+        loss = lambda module, x: module(x).square().mean()  # noqa: E731
+        with (
+            monkeypatch.context() as patch,
+            simulated(patch, seed=0) as gpu,
+            Offloader(copy.deepcopy(model), groups, loss, **made) as trainer,
+        ):
+            bench = trainer._bench
+            lanes = {"leaving": bench.transfer._down, "arriving": bench._swap._lane}
+            gpu.late = lanes[late]._stream if late in lanes else gpu.default  # type: ignore[assignment]
+            train(trainer, list(batches))
+            trainer.finish_round()
+    assert len(written[0]) == len(written[1]) and trainer.rounds == 6
+    assert all(map(torch.equal, *written))
 
 
 @pytest.mark.usefixtures("races")

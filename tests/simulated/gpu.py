@@ -65,6 +65,8 @@ class Gpu:
 
     def __init__(self, seed: int):
         self._chance, self._paces = random.Random(seed), {}
+        self.late: Stream | None = None
+        """If one is, it rests unless somebody waits for it, and all others do at once what they may."""
         self._lock, self._local = threading.RLock(), threading.local()
         self.streams: list[Stream] = []
         self.default = self.new_stream()
@@ -125,14 +127,20 @@ class Gpu:
             stream.synchronize()
 
     def _as_it_likes(self) -> None:
-        if self._chance.random() < 0.02:
+        if self.late is not None:
+            self._paces = {stream: float(stream is not self.late) for stream in self.streams}
+        elif self._chance.random() < 0.02:
             self._paces = {stream: self._chance.choice([0.0, 0.0, 0.5, 1.0]) for stream in self.streams}
-        for stream, pace in self._paces.items():
-            while stream.queue and self._chance.random() < pace:
-                head = stream.queue[0]
-                if isinstance(head, Event) and head.stream.done < head.place:
-                    break
-                self._run(stream)
+        going = True
+        while going:  # again where one is late: what some have done lets others go on
+            going = False
+            for stream, pace in self._paces.items():
+                while stream.queue and self._chance.random() < pace:
+                    head = stream.queue[0]
+                    if isinstance(head, Event) and head.stream.done < head.place:
+                        break
+                    self._run(stream)
+                    going = self.late is not None
 
     def _run(self, stream: Stream) -> None:
         work = stream.queue.popleft()
