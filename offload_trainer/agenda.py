@@ -21,7 +21,7 @@ class Entry:
     """Trained in it."""
     reference: Plan | None = None
     """Compared with it on the paired batches; None: s does not learn from this round."""
-    following: Plan | None = None
+    next_plan: Plan | None = None
     """Of the next round, if it is known."""
 
 
@@ -57,13 +57,13 @@ class Agenda:
                 return Entry(self.top())
             plan, other = self._plans(self._structure.pair())
             return Entry(plan, other if compared else None)
-        plan, following = self._follow()
-        return Entry(self.top() if first else plan, following if compared else None, following)
+        plan, next_plan = self._follow()
+        return Entry(self.top() if first else plan, next_plan if compared else None, next_plan)
 
-    def foresee(self, plan: Plan, later: Plan) -> Entry | None:
+    def foresee(self, plan: Plan, next_plan: Plan) -> Entry | None:
         """The round after the running one, before that has come to its end: of the plans that were drawn for it. None
         if its plan is another one."""
-        return None if self.settled else Entry(plan, later if self._structure.compares else None, later)
+        return None if self.settled else Entry(plan, next_plan if self._structure.compares else None, next_plan)
 
     def catch_up(self, step: int) -> None:
         """A round that was foreseen began at optimizer step `step`, and the one before it has come to its end now."""
@@ -80,10 +80,10 @@ class Agenda:
         if not self._follows:
             return None
         self._follows = False
-        (later,) = self._plans([self._structure.look_ahead()], known=self._known)
-        return later
+        (after_next,) = self._plans([self._structure.look_ahead()], known=self._known)
+        return after_next
 
-    def end(
+    def learn(
         self, plan: Plan, steps: int, now: int, difference: float | None, credit: Mapping[str, Tensor] | None
     ) -> None:
         """The round of `plan` has ended after `steps`, at step `now` of the run. difference: d, if there were pairs;

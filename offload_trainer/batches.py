@@ -25,7 +25,7 @@ def batch_rows(batch: Any) -> int:
     raise UserError(f"a batch ({type(batch).__name__}) holds no tensor with a batch axis")
 
 
-def loose(batch: Any) -> Any:
+def shallow_copy(batch: Any) -> Any:
     """The batch for one use of several: what a loss takes out of a dict or a list is there for the next. The tensors
     are the same, so a loss must not write into them."""
     return copy(batch) if isinstance(batch, (dict, list)) else batch

@@ -65,7 +65,7 @@ def host_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Return to the system what the process has freed; glibc keeps freed blocks of up to 32 MiB for later."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

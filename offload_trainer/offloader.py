@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from offload_trainer import memory
 from offload_trainer.agenda import Agenda, Reference
-from offload_trainer.batches import loose
+from offload_trainer.batches import shallow_copy
 from offload_trainer.device import ranks
-from offload_trainer.device.crediting import LAST, Crediting
+from offload_trainer.device.credit_sums import LAST, CreditSums
 from offload_trainer.device.movers import Choice, choose_mover
 from offload_trainer.device.processes import require_supported, transfer_threads
 from offload_trainer.device.subnet import TrainedSubnet
@@ -73,16 +73,23 @@ class Offloader:
         self.groups, self._structure, self.loss_fn, self.device = groups, structure, loss_fn, self.accelerator.device
         self.sync_every, self.clip_norm, self.precision = sync_every, clip_norm, precision
         require_of(model, groups)
-        layout = probe_optimizer(optimizer, trained_dtype(model), self.device, carry=state == "carry")
+        state_spec = probe_optimizer(optimizer, trained_dtype(model), self.device, carry=state == "carry")
         self.agenda, self._closed = Agenda(groups, structure, reference), False
         pin, sampled = self.device.type == "cuda", groups.sliced_by(structure.names)
-        self._crediting = Crediting(model, groups, structure.credited, magnitude=structure.estimator == "magnitude")
+        self._credit_sums = CreditSums(model, groups, structure.credited, magnitude=structure.estimator == "magnitude")
         self.mover = mover = choose_mover(transfer, transfer_threads(self.device, overlap=overlap))
-        self._master = Master(model, layout, materialise=materialise, pin=pin, precision=precision, folder=folder)
+        self._master = Master(model, state_spec, materialise=materialise, pin=pin, precision=precision, folder=folder)
         self._bench = Workbench(
-            self._master, self.device, optimizer, layout, sampled=sampled, compile=compile, overlap=overlap, mover=mover
+            self._master,
+            self.device,
+            optimizer,
+            state_spec,
+            sampled=sampled,
+            compile=compile,
+            overlap=overlap,
+            mover=mover,
         )
-        self._rounds = Rounds(self.accelerator, self.agenda, structure, self._crediting, self._master, self._bench)
+        self._rounds = Rounds(self.accelerator, self.agenda, structure, self._credit_sums, self._master, self._bench)
 
     # What a training loop calls
 
@@ -95,7 +102,7 @@ class Offloader:
         paired = running.paired and running.steps < self._structure.paired_batches
         if paired:
             with self._rounds.spent.on("reference"), self.accelerator.autocast():
-                against = self._bench.reference_loss(self.loss_fn, loose(batch))
+                against = self._bench.reference_loss(self.loss_fn, shallow_copy(batch))
         with self.accelerator.autocast():  # not the same: its cache would keep the reference's narrow weights
             loss = self.loss_fn(self._bench.forward, batch)
         running.add_loss(loss)
@@ -114,7 +121,7 @@ class Offloader:
         ranks.average_gradients(self.accelerator, subnet.parameters)
         running.require_gradients(subnet.parameters, self._master.model)
         if running.learns and running.steps >= self.sync_every - LAST:
-            self._crediting.add(subnet.plan, subnet.parameters)
+            self._credit_sums.add(subnet.plan, subnet.parameters)
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(subnet.parameters.values()), self.clip_norm)
         self._bench.step()

@@ -43,12 +43,12 @@ from offload_trainer.making import (
     require_same_config,
     resumable,
 )
-from offload_trainer.master import Checkpoint, StateLayout, probe_optimizer, trained_dtype
+from offload_trainer.master import Checkpoint, StateSpec, probe_optimizer, trained_dtype
 from offload_trainer.master.precision import FP32, TYPES, Precision
-from offload_trainer.randomness import put_back
+from offload_trainer.randomness import preserve_random_state
 from offload_trainer.resuming import checkpoint_to_resume, require_resumable
 from offload_trainer.structure import Structure
-from offload_trainer.structure.arguments import SCORES
+from offload_trainer.structure.arguments import PAIRLESS
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,14 @@ def prepare(config: Config) -> Prepared:
         config = with_keep(config, checkpoint.meta["config"].get("structure.keep"))
     optimizer = optimizer_factory(config.optimizer)
     carry = config.optimizer.state == "carry"
-    layout = probe_optimizer(optimizer, trained_dtype(task.model), accelerator.device, carry=carry)
+    state_spec = probe_optimizer(optimizer, trained_dtype(task.model), accelerator.device, carry=carry)
     precision = Precision(TYPES[config.memory.weights], TYPES[config.memory.moments], config.seed)
-    predictor = make_predictor(config, accelerator, task, groups, optimizer, layout, precision, checkpoint)
+    predictor = make_predictor(config, accelerator, task, groups, optimizer, state_spec, precision, checkpoint)
     decision = decide_keep(config, accelerator, groups, predictor)
     config = with_keep(config, decision.keep)
     structure = make_structure(config, groups)
     if checkpoint is not None:
-        require_resumable(checkpoint, resumable(config), config.steps, task.model, layout, structure, precision)
+        require_resumable(checkpoint, resumable(config), config.steps, task.model, state_spec, structure, precision)
     export = export_note(config, task, groups)
     forecast = make_forecast(config, accelerator, predictor, decision, export)
     if not config.dry_run:
@@ -146,7 +146,7 @@ def prepare(config: Config) -> Prepared:
     if fits and predictor.rehearsal and isinstance(config.task, Custom):
         rehearse(config.task.function, accelerator, predictor, Plan(groups, structure.top()), task, precision)
     if fits:
-        memory.give_back()
+        memory.trim_heap()
         growth = memory.host_bytes() - predictor.process  # by what a first forward and backward load and keep
         forecast = replace(forecast, ledger=forecast.ledger.with_larger_process(growth))
     rows = batch_rows(predictor.passes.batch) if config.micro_batches > 1 else None
@@ -164,7 +164,7 @@ def rehearse(
     """Try a user's own loss and metric on a subnet and real batches."""
     module = slice_module(task.model, plan, plan.groups).to(accelerator.device)
     batches = predictor.passes.batch, predictor.passes.val_batch
-    with put_back(accelerator.device):
+    with preserve_random_state(accelerator.device):
         with accelerator.autocast():
             tasks.rehearse(task, module, *batches, function)
         if precision.weights != FP32.weights:  # the master is evaluated as it is stored, at the end
@@ -187,7 +187,7 @@ def make_predictor(
     task: tasks.Task,
     groups: Groups,
     optimizer: OptimizerFactory,
-    layout: StateLayout,
+    state_spec: StateSpec,
     precision: Precision,
     checkpoint: Checkpoint | None,
 ) -> Predictor:
@@ -201,7 +201,7 @@ def make_predictor(
     batch, val_batch = send_to_device(batch, device), send_to_device(val_batch, device)
     memory.load_libraries(device)
     optimizer_cost(optimizer, torch.float32, device)  # what a first step imports and starts is there from now on
-    memory.give_back()
+    memory.trim_heap()
     every, keep_last = config.checkpoint.every, config.checkpoint.keep_last
     passes = Passes(
         task.model,
@@ -217,7 +217,7 @@ def make_predictor(
     )
     return Predictor(
         passes,
-        layout,
+        state_spec,
         optimizer,
         process=memory.host_bytes(),
         processes=accelerator.num_processes,
@@ -230,7 +230,7 @@ def make_predictor(
         varying=structure.sampler == "bernoulli" or structure.budget == "global",
         mapped=config.memory.master == "file",
         overlap=config.memory.overlap,
-        credits=structure.control == "linear" or structure.estimator in SCORES,
+        credits=structure.control == "linear" or structure.estimator in PAIRLESS,
         # A new one is written before the oldest is removed.
         checkpoints=min(keep_last + 1, config.steps // every + 1 if every else 1),
         exports_full=config.export.full,

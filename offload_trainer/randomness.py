@@ -43,7 +43,7 @@ def set_random_state(states: Mapping[str, Tensor], device: torch.device = CPU) -
 
 
 @contextmanager
-def put_back(device: torch.device = CPU) -> Iterator[None]:
+def preserve_random_state(device: torch.device = CPU) -> Iterator[None]:
     """Context: afterwards the generators are as they were."""
     before = random_state(device)
     try:
@@ -56,7 +56,7 @@ class RandomState:
     """A state of its own for all of them, on the CPU, put in their place for a while."""
 
     def __init__(self, seed: int):
-        with put_back():
+        with preserve_random_state():
             torch.default_generator.manual_seed(seed)  # and no device's
             np.random.seed(seed)
             random.seed(seed)
@@ -65,7 +65,7 @@ class RandomState:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Goes on from where the last use ended; afterwards the generators are as they were."""
-        with put_back():
+        with preserve_random_state():
             set_random_state(self._states)
             try:
                 yield

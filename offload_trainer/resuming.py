@@ -8,7 +8,7 @@ from torch import nn
 from offload_trainer import snapshot
 from offload_trainer.errors import UserError
 from offload_trainer.groups.slicing import named_tensors
-from offload_trainer.master import Checkpoint, CheckpointStore, StateLayout, find_checkpoint
+from offload_trainer.master import Checkpoint, CheckpointStore, StateSpec, find_checkpoint
 from offload_trainer.master.precision import Precision
 from offload_trainer.structure import Structure
 
@@ -29,7 +29,7 @@ def require_resumable(
     shared: Mapping[str, object],
     steps: int,
     model: nn.Module,
-    layout: StateLayout,
+    state_spec: StateSpec,
     structure: Structure,
     precision: Precision,
 ) -> None:
@@ -45,4 +45,4 @@ def require_resumable(
             raise UserError(f"{key} ({here}) must be {there}, as in the checkpoint {checkpoint.path}")
     # Last: where a key differs, so may the tensors, and the key says it better.
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    snapshot.check(checkpoint, named_tensors(model), layout.moments, trained, structure, precision)
+    snapshot.check(checkpoint, named_tensors(model), state_spec.moments, trained, structure, precision)

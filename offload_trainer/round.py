@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from offload_trainer.device import ranks
-from offload_trainer.device.streams import Reading
+from offload_trainer.device.streams import HostCopy
 from offload_trainer.device.workbench import Compile
 from offload_trainer.errors import NotFinite, UserError
 from offload_trainer.groups import Plan
@@ -49,7 +49,7 @@ class Round:
     losses: list[Tensor] = field(default_factory=list)
     differences: list[Tensor] = field(default_factory=list)
     """L(m) − L(m′) of each paired batch."""
-    _shown: Reading | None = None
+    _shown: HostCopy | None = None
 
     def add_loss(self, loss: Tensor) -> None:
         """Of a batch, or of the next part of one. Raises `UserError` for a part where there may be none."""
@@ -76,7 +76,7 @@ class Round:
         if all(parameter.grad is None for parameter in parameters.values()):
             raise RuntimeError("step() follows loss() and a backward pass: no parameter of the subnet has a gradient")
 
-    def end(self, accelerator: Accelerator, finite: Tensor, credit: Tensor | None) -> None:
+    def send_outcome(self, accelerator: Accelerator, finite: Tensor, credit: Tensor | None) -> None:
         """Its steps are done: what they showed leaves for the host, as means over the ranks; nobody waits for it.
 
         finite: (), whether all weights are. credit: (2, kept units), if that is wanted.
@@ -85,7 +85,7 @@ class Round:
         if self.differences:
             shown["difference"] = torch.stack(self.differences).mean().float().reshape(1)
         ranks.average_(accelerator, [value for name, value in shown.items() if name != "finite"])
-        self._shown = Reading(shown if credit is None else shown | {"credit": credit}, accelerator.device)
+        self._shown = HostCopy(shown if credit is None else shown | {"credit": credit}, accelerator.device)
 
     def outcome(self, steps: int, rounds: int) -> tuple[float | None, Tensor | None]:
         """d, the mean over the paired batches and the ranks of L(m) − L(m′), None if there were none; and the credit.
@@ -95,7 +95,7 @@ class Round:
         the run so far, this round's included. rounds: finished before it.
         """
         assert self._shown is not None
-        shown = self._shown.wait()
+        shown = self._shown.result()
         losses, difference, credit = shown["losses"], shown.get("difference"), shown.get("credit")
         bad, within = (~losses.isfinite()).nonzero().flatten().tolist(), self.steps
         if bad:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from offload_trainer.agenda import Agenda, Entry
 from offload_trainer.device import ranks
-from offload_trainer.device.crediting import Crediting
+from offload_trainer.device.credit_sums import CreditSums
 from offload_trainer.device.pipeline import in_background
 from offload_trainer.device.workbench import Workbench
 from offload_trainer.errors import NotFinite
 from offload_trainer.master import Master
-from offload_trainer.master.interrupts import undivided
+from offload_trainer.master.interrupts import defer_interrupts
 from offload_trainer.randomness import random_state, set_random_state
 from offload_trainer.round import Boundary, Ended, Round
 from offload_trainer.structure import Structure
@@ -35,12 +35,12 @@ class Rounds:
         accelerator: Accelerator,
         agenda: Agenda,
         structure: Structure,
-        crediting: Crediting,
+        credit_sums: CreditSums,
         master: Master,
         bench: Workbench,
     ):
         self._accelerator, self._device = accelerator, accelerator.device
-        self._agenda, self._structure, self._crediting = agenda, structure, crediting
+        self._agenda, self._structure, self._credit_sums = agenda, structure, credit_sums
         self._master, self._bench = master, bench
         self.steps = 0
         """Optimizer steps taken."""
@@ -63,7 +63,7 @@ class Rounds:
             self.conclude()
             entry = self._agenda.begin(self.steps, self.finished)
         with self.spent.on("gather"):
-            self._bench.begin(entry.plan, entry.reference, entry.following, self.steps)
+            self._bench.begin(entry.plan, entry.reference, entry.next_plan, self.steps)
         self.under_way = Round(
             paired=entry.reference is not None,
             learns=not self._agenda.settled,
@@ -76,7 +76,7 @@ class Rounds:
         if self._ended is None:
             return None
         ahead = self._bench.ahead
-        return None if ahead is None else self._agenda.foresee(ahead.plan, ahead.later)
+        return None if ahead is None else self._agenda.foresee(ahead.next_plan, ahead.after_next)
 
     def first_step_taken(self) -> None:
         """Of the round under way: the host may wait for the last one now, and look ahead to the next two."""
@@ -92,11 +92,13 @@ class Rounds:
         boundary = self._completed()
         subnet.optimizer.zero_grad()  # of a batch that was never followed by a step
         try:
-            running.end(self._accelerator, subnet.is_finite(), self._crediting.take())  # leaves before all else
+            running.send_outcome(
+                self._accelerator, subnet.is_finite(), self._credit_sums.take()
+            )  # leaves before all else
             with self.spent.on("writeback"):
                 ranks.average_buffers(self._accelerator, subnet.module)
                 self._bench.unload(running.steps, self.finished)
-            with undivided():
+            with defer_interrupts():
                 self.finished, self.under_way = self.finished + 1, None
                 self._ended = Ended(running, subnet.plan, self._numbers(), random_state(self._device))
         except BaseException:
@@ -121,19 +123,19 @@ class Rounds:
         except NotFinite:
             self.load(boundary)
             raise
-        credit = None if means is None else self._crediting.by_group(means, ended.plan)
-        with undivided():  # an interrupt waits: half a write-back would be no state at all
+        credit = None if means is None else self._credit_sums.by_group(means, ended.plan)
+        with defer_interrupts():  # an interrupt waits: half a write-back would be no state at all
             self._boundary = None
             with self.spent.on("writeback"):
-                work, delta_norm = self._bench.writeback.end()
+                work, delta_norm = self._bench.writeback.merge()
             self._report = self.transfers.report(work, delta_norm, difference)
-            self._agenda.end(ended.plan, ended.round.steps, steps, difference, credit)
+            self._agenda.learn(ended.plan, ended.round.steps, steps, difference, credit)
             self._ended, self._boundary = None, self._at(ended.numbers, ended.random)
             if self.under_way is not None:
                 self._agenda.catch_up(steps)
 
     def wait(self) -> None:
-        """Until the master is that of the last round's end. For what the background does it is."""
+        """Until the last round is in the master. Asked by the background thread, whose jobs are in order: at once."""
         if not in_background():
             self.conclude()
             self._bench.wait()
@@ -167,13 +169,13 @@ class Rounds:
         self._bench.pipeline.do(lambda: work(boundary.with_numbers(delta_norm=self._bench.writeback.delta_norm)))
 
     def set_boundary(self) -> None:
-        """Where it is now the run could go on from."""
+        """The state it is in now is the one to go on from."""
         self._boundary = self._at(self._numbers(), random_state(self._device))
 
     def load(self, boundary: Boundary) -> None:
         """See `Offloader.load_boundary`."""
         self._bench.clear()
-        self._crediting.clear()
+        self._credit_sums.clear()
         numbers = boundary.numbers
         self.steps, self.finished = numbers["steps"], numbers["rounds"]
         self._agenda.load_state_dict(numbers["agenda"])

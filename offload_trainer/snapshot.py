@@ -11,7 +11,7 @@ from torch import Tensor
 from offload_trainer.errors import UserError
 from offload_trainer.master.checkpoint import Checkpoint, CheckpointStore
 from offload_trainer.master.master import Entries, stored_moments, stored_weights
-from offload_trainer.master.moments import StateLayout
+from offload_trainer.master.moments import StateSpec
 from offload_trainer.master.precision import FP32, Precision
 from offload_trainer.offloader import Offloader
 from offload_trainer.round import Boundary
@@ -55,9 +55,9 @@ def check(
     _require_precision(checkpoint, precision, moments)
     checkpoint.check("weights", _headers(stored_weights(tensors, precision)))
     computes = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items() if name in trained}
-    layout = StateLayout(moments, {}, None)
+    state_spec = StateSpec(moments, {}, None)
     for name in moments:
-        stored = stored_moments(layout.entries(name, computes), precision)
+        stored = stored_moments(state_spec.entries(name, computes), precision)
         checkpoint.check(f"moments.{name}", _headers(stored))
     checkpoint.check("structure", structure.state_dict())
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from accelerate import Accelerator
 
 from offload_trainer.device import ranks
-from offload_trainer.device.streams import Reading
+from offload_trainer.device.streams import HostCopy
 from offload_trainer.errors import NotFinite
 
 
@@ -27,7 +27,7 @@ def stopping_together(accelerator: Accelerator) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     asked = agreed = False
-    last: Reading | None = None
+    last: HostCopy | None = None
 
     def ask(*_: object) -> None:
         nonlocal asked
@@ -35,7 +35,7 @@ def stopping_together(accelerator: Accelerator) -> Iterator[Callable[[], None]]:
 
     def stop_if_agreed() -> None:
         nonlocal agreed
-        agreed = last is not None and bool(last.wait()["count"])
+        agreed = last is not None and bool(last.result()["count"])
         if agreed:
             raise KeyboardInterrupt
 

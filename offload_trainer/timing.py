@@ -71,7 +71,7 @@ class Transfers:
         return replace(moved, delta_norm=delta_norm, difference=difference)
 
     def end(self, work: Work) -> None:
-        """work: of all transfers, when none is under way: rounds that overlap report the last write-back no more."""
+        """work: of all transfers, when none is under way: where rounds overlap, no report has the last write-back."""
         self._last = work
 
     def total(self) -> Moved:

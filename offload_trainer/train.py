@@ -22,11 +22,11 @@ from offload_trainer.forecast.show import show_forecast
 from offload_trainer.groups import Plan
 from offload_trainer.making import changes, master_folder, of_checkpoint, set_learning_rate
 from offload_trainer.master import CheckpointStore, set_aside, whole_folder
-from offload_trainer.master.interrupts import undivided
+from offload_trainer.master.interrupts import defer_interrupts
 from offload_trainer.monitor import Monitor
 from offload_trainer.offloader import Offloader
 from offload_trainer.prepare import Prepared, prepare
-from offload_trainer.randomness import put_back
+from offload_trainer.randomness import preserve_random_state
 from offload_trainer.result import best_of, norms_of, recalibrate, recalibrate_master, save_export
 from offload_trainer.starting import start
 from offload_trainer.stopping import stopping_together
@@ -108,7 +108,7 @@ def train(config: Config) -> None:
                 losses = [train_on(part, offloader, len(parts)) for part in parts]
                 unfinished: dict[str, Any] = {}  # a record that waits for its validation
                 try:
-                    with undivided():  # no step without its record
+                    with defer_interrupts():  # no step without its record
                         offloader.step()
                         meter.add(task.count(batch) * accelerator.num_processes, torch.stack(losses).sum())
                         step = offloader.steps
@@ -131,7 +131,7 @@ def train(config: Config) -> None:
                             unfinished |= validate(run, offloader)
                 finally:
                     if unfinished:
-                        with undivided():
+                        with defer_interrupts():
                             monitor.log(unfinished)
                 if saves:
                     with meter.paused("checkpoint"):
@@ -173,7 +173,7 @@ def validate(run: Prepared, offloader: Offloader) -> dict[str, float]:
     """Metrics of the subnet of the largest s, as the export would have it now."""
     task, accelerator = run.task, run.accelerator
     subnet = offloader.export().to(accelerator.device)
-    with put_back(accelerator.device):  # training goes on as if nobody had looked
+    with preserve_random_state(accelerator.device):  # training goes on as if nobody had looked
         if norms_of(subnet):
             recalibrate(subnet, run.calibration, task.loss_fn, accelerator)
         means = evaluate(subnet, task.val, task.metrics_fn, task.count, accelerator, run.for_evaluation)

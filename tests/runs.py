@@ -129,7 +129,7 @@ def _measure(pipe: Connection, prepare: Callable[..., Callable[[], object]], arg
     try:
         torch.set_num_threads(1)
         measured = prepare(*arguments)
-        memory.give_back()
+        memory.trim_heap()
         before = memory.host_bytes()
         measured()
         pipe.send(memory.host_peak() - before)

@@ -25,7 +25,7 @@ class Session:
         self.batches, self.store = map(place, MODELS[kind][1](300)), CheckpointStore(folder)
         self.seen: list[Any] = []
         self.failing = self.interrupting = False
-        loss_fn, take = self.trainer.loss_fn, self.trainer._crediting.take
+        loss_fn, take = self.trainer.loss_fn, self.trainer._credit_sums.take
 
         def failing_loss(module: Any, batch: Any) -> Any:
             loss = loss_fn(module, batch)
@@ -40,7 +40,7 @@ class Session:
             return take()
 
         self.trainer.loss_fn = failing_loss
-        self.trainer._crediting.take = interrupted_take  # type: ignore[method-assign]
+        self.trainer._credit_sums.take = interrupted_take  # type: ignore[method-assign]
 
     def step(self) -> None:
         loss = self.trainer.loss(next(self.batches))

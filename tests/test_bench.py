@@ -17,7 +17,7 @@ from offload_trainer.device.subnet import Subnet
 from offload_trainer.device.transfer import Transfer
 from offload_trainer.groups import Plan, random_plan, slice_module
 from offload_trainer.groups.slicing import named_tensors
-from offload_trainer.master import Master, Slab, StateLayout
+from offload_trainer.master import Master, Slab, StateSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
@@ -178,13 +178,13 @@ def test_transferred_values_are_the_masters(keep: float) -> None:
     with torch.device("meta"):
         model = workload.build()
     groups = workload.groups(model)
-    master = Master(model, StateLayout({}, {}, None), materialise=transfer.fill)
+    master = Master(model, StateSpec({}, {}, None), materialise=transfer.fill)
     assert all(bool(tensor.isfinite().all()) for tensor in master.tensors.values())
     before = {name: tensor.clone() for name, tensor in master.tensors.items()}
     generator = torch.Generator().manual_seed(0)
     plan = random_plan(groups, generator, keep)
     subnet, moves = Subnet(master, plan, torch.device("cpu")), Transfer(torch.device("cpu"))
-    moves.fetch(master.tensors, subnet.kinds, subnet.slabs, plan, "weights")
+    moves.fetch(master.tensors, subnet.layouts, subnet.slabs, plan, "weights")
     for name, tensor in named_tensors(subnet.module).items():
         assert torch.equal(tensor.flatten(), before[name][slicing.mask_of(plan, name)])
         tensor.detach().neg_()

@@ -161,7 +161,7 @@ def test_host_peak_is_of_this_process() -> None:
     block = torch.ones(2**26)  # 256 MiB
     assert memory.host_bytes() >= block.nbytes
     del block
-    memory.give_back()
+    memory.trim_heap()
     assert memory.host_peak() >= memory.host_bytes()
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from offload_trainer import Group, Groups, Offloader, Plan, Slot, Structure, find_groups, memory, snapshot
 from offload_trainer.batches import pinned
 from offload_trainer.device import elements, swap, transfer, workbench
-from offload_trainer.device.streams import Lane, Mark
+from offload_trainer.device.streams import Event, SideStream
 from offload_trainer.device.swap import Swap
 from offload_trainer.device.transfer import LINK_CHUNK, Transfer
 from offload_trainer.device.workbench import Workbench
@@ -170,10 +170,10 @@ def test_memory_does_not_grow_over_200_rounds(sampler: str) -> None:
     with offloader(network(), ADAMW, 0.5, 1, sampler=sampler, paired_batches=1) as trainer:
         batches = on_gpu(data(10))
         run(trainer, batches * 20)
-        memory.give_back()
+        memory.trim_heap()
         before, host = torch.cuda.memory_allocated(), memory.host_bytes()
         run(trainer, batches * 20)
-        memory.give_back()
+        memory.trim_heap()
         assert trainer.rounds >= 200
         assert torch.cuda.memory_allocated() <= before + 2**16
         assert memory.host_bytes() - host < 2**22
@@ -204,10 +204,10 @@ def late_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     def sleep() -> None:
         torch.cuda._sleep(chance.choice([1, 1, 1, 2**20, 2**23]))  # cycles: the last takes some 5 ms
 
-    after, step, arrived = Lane.after, Workbench.step, Transfer.arrived
+    after, step, arrived = SideStream.after, Workbench.step, Transfer.arrived
 
-    def late_after(self: Lane, mark: Mark) -> Any:
-        context = after(self, mark)
+    def late_after(self: SideStream, event: Event) -> Any:
+        context = after(self, event)
         with self.open():
             sleep()
         return context
@@ -218,7 +218,7 @@ def late_streams(monkeypatch: pytest.MonkeyPatch) -> None:
         sleep()
         return result
 
-    monkeypatch.setattr(Lane, "after", late_after)
+    monkeypatch.setattr(SideStream, "after", late_after)
     monkeypatch.setattr(Workbench, "step", lambda self: late(step, self))
     monkeypatch.setattr(Transfer, "arrived", lambda *arguments: late(arrived, *arguments))
 
@@ -361,9 +361,9 @@ def test_types_change_on_the_device_in_pieces_and_the_link_carries_the_narrow_on
     plan = Plan(Groups((Group("u", shape[0], (Slot("a", 0),)),), {"a": shape}), {"u": list(range(0, shape[0], 2))})
     master = {"a": torch.randn(shape).bfloat16()}
     shapes = {"a": plan.shape("a")}
-    slab, kinds = Slab(shapes, torch.float32, CUDA), [(torch.float32, torch.bfloat16, shapes)]
+    slab, layouts = Slab(shapes, torch.float32, CUDA), [(torch.float32, torch.bfloat16, shapes)]
     moves = Transfer(CUDA)
-    moves.fetch(master, kinds, [slab], plan, "weights")
+    moves.fetch(master, layouts, [slab], plan, "weights")
     assert torch.equal(slab["a"].cpu(), master["a"][::2].float())
     step = 1e-3 * torch.randn(slab["a"].shape, device=CUDA)
     exact = step.double().square().sum().item()
@@ -371,7 +371,7 @@ def test_types_change_on_the_device_in_pieces_and_the_link_carries_the_narrow_on
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
     expected, rounding = slab["a"].cpu(), FP32.rounding(3, "weights")
-    staged = moves.staging(kinds, [slab], "weights")
+    staged = moves.staging(layouts, [slab], "weights")
     unloading = moves.unload([slab], staged, rounding)
     squared = moves.merge(unloading.parts, master, plan, delta=True) - unloading.excess()
     assert torch.cuda.max_memory_allocated() - held <= 20 * LINK_CHUNK + 2**20

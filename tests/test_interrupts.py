@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from offload_trainer.errors import NotFinite, UserError
-from offload_trainer.master.interrupts import undivided
+from offload_trainer.master.interrupts import defer_interrupts
 from offload_trainer.stopping import stopping_together
 
 
@@ -28,7 +28,7 @@ def test_an_interrupt_beside_an_undivided_block_leaves_the_handlers(at: int, mon
     whole(signal.SIGTERM, signal.default_int_handler)
     try:
         monkeypatch.setattr(signal, "signal", interrupted)
-        with pytest.raises(KeyboardInterrupt), undivided():
+        with pytest.raises(KeyboardInterrupt), defer_interrupts():
             pass
         monkeypatch.setattr(signal, "signal", whole)
         for number in before:

@@ -30,7 +30,7 @@ from offload_trainer.forecast.passes import Passes
 from offload_trainer.forecast.predictor import PROVED_WHOLE, Predictor
 from offload_trainer.groups import Groups, Plan, slice_module
 from offload_trainer.groups.slicing import named_tensors
-from offload_trainer.master import StateLayout, probe_optimizer
+from offload_trainer.master import StateSpec, probe_optimizer
 from offload_trainer.master.precision import FP32, Precision
 from offload_trainer.result import recalibrate_master
 from offload_trainer.run import main
@@ -213,9 +213,9 @@ def test_cost_of_an_optimizer(name: str) -> None:
 
 def predictor(case: Case, groups: Groups, factory: Callable, carry: bool, precision: Precision = FP32) -> Predictor:
     model, batch, _, loss_fn = case
-    layout = probe_optimizer(factory, torch.float32, CPU) if carry else StateLayout({}, {}, None)
+    state_spec = probe_optimizer(factory, torch.float32, CPU) if carry else StateSpec({}, {}, None)
     passes = Passes(model, groups, precision, loss_fn, loss_fn, batch, batch, CPU, autocast=False)
-    return Predictor(passes, layout, factory, process=0)
+    return Predictor(passes, state_spec, factory, process=0)
 
 
 @pytest.mark.parametrize("control", ["none", "linear"])
@@ -350,7 +350,7 @@ def test_frozen_parameters_have_neither_gradients_nor_moments() -> None:
 
 
 def test_the_proof_of_a_large_model_takes_a_stand_in() -> None:
-    assert inspect.signature(verify_groups).parameters["stand_in_above"].default == PROVED_WHOLE
+    assert inspect.signature(verify_groups).parameters["narrow_above"].default == PROVED_WHOLE
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(64, 2**16), nn.ReLU(), nn.Linear(2**16, 2**14), nn.ReLU(), nn.Linear(2**14, 5))
     case = (model, (torch.randn(8, 64), torch.randint(5, (8,))), (torch.zeros(3, 64),), on_labels)
@@ -459,9 +459,9 @@ def test_device_peak_of_a_run_on_a_gpu(name: str, factory: Callable) -> None:
     model, batch, inputs, loss_fn = CASES[name]()
     moved = tuple(x.to(cuda) for x in batch) if isinstance(batch, tuple) else batch.to(cuda)
     groups, plan = half(model, inputs)
-    layout = probe_optimizer(factory, torch.float32, cuda)
+    state_spec = probe_optimizer(factory, torch.float32, cuda)
     passes = Passes(model, groups, FP32, loss_fn, loss_fn, moved, moved, cuda, autocast=False)
-    told = Predictor(passes, layout, factory, process=0).ledger(plan, reference=True, sampled=sliced(plan))
+    told = Predictor(passes, state_spec, factory, process=0).ledger(plan, reference=True, sampled=sliced(plan))
     training = [phase for phase in told.phases if phase.name in ("forward and backward", "optimizer step")]
     predicted = max(phase.device_bytes for phase in training)
     torch.cuda.empty_cache()

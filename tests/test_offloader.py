@@ -578,10 +578,10 @@ def test_looking_and_exporting_between_rounds_changes_nothing() -> None:
 def test_under_cuda_graphs_a_second_part_of_a_batch_is_refused() -> None:
     """Its backward pass would overwrite the gradients of the first; elsewhere parts add up."""
     loss = torch.tensor(1.0)
-    for undivided in (False, True):
-        running = Round(paired=False, whole_batches=undivided)
+    for defer_interrupts in (False, True):
+        running = Round(paired=False, whole_batches=defer_interrupts)
         running.add_loss(loss)
-        if undivided:
+        if defer_interrupts:
             with pytest.raises(UserError, match="take a step's batch whole"):
                 running.add_loss(loss)
         else:

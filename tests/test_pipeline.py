@@ -21,7 +21,7 @@ from offload_trainer.device import transfer, workbench
 from offload_trainer.device.elements import gather_into, patch
 from offload_trainer.device.movers import Plain
 from offload_trainer.device.pipeline import Pipeline, in_background
-from offload_trainer.device.streams import Mark
+from offload_trainer.device.streams import Event
 from offload_trainer.device.swap import Swap
 from offload_trainer.device.transfer import Transfer
 from offload_trainer.groups import Groups, random_plan
@@ -323,9 +323,9 @@ def test_training_waits_until_all_values_have_left(
     monkeypatch: pytest.MonkeyPatch, in_place: bool, moments: str
 ) -> None:
     """Those of tensors that no plan slices, too: they are trained where they are, and may leave last."""
-    held: list[Mark] = []
-    hold = Mark.hold
-    monkeypatch.setattr(Mark, "hold", lambda mark: (held.append(mark), hold(mark))[1])
+    held: list[Event] = []
+    wait = Event.wait
+    monkeypatch.setattr(Event, "wait", lambda event: (held.append(event), wait(event))[1])
     monkeypatch.setattr(transfer, "PART", 256)
     monkeypatch.setattr(workbench, "Swap", lambda *a, **_: Swap(*a, in_place=in_place))
     with make("llama", overlap=True, state=moments, per_group_keep={"*mlp*": 0.5}) as trainer:
@@ -335,7 +335,7 @@ def test_training_waits_until_all_values_have_left(
         unloaded = trainer._bench.writeback.unloaded
         assert unloaded.keys() == {"weights", *trainer.moments}
         assert len(set(unloaded["weights"].values())) > 3
-        assert held and {mark for marks in unloaded.values() for mark in marks.values()} <= set(held)
+        assert held and {event for events in unloaded.values() for event in events.values()} <= set(held)
 
 
 def test_what_was_begun_is_finished_when_a_loop_breaks_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -506,9 +506,9 @@ def test_memory_does_not_grow_over_200_rounds() -> None:
     with make("cnn", overlap=True, sync_every=1, paired_batches=1) as trainer:
         batches = data(10)
         run(trainer, batches * 5)
-        memory.give_back()
+        memory.trim_heap()
         before = memory.host_bytes()
         run(trainer, batches * 20)
-        memory.give_back()
+        memory.trim_heap()
         assert trainer.rounds >= 200
         assert memory.host_bytes() - before < 2**21

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from offload_trainer import Offloader, Structure, UserError, find_groups, memory, snapshot
 from offload_trainer.device import transfer
-from offload_trainer.device.transfer import Layout, Transfer
+from offload_trainer.device.transfer import SlabLayout, Transfer
 from offload_trainer.groups import Group, Groups, Plan, Slot
 from offload_trainer.groups.slicing import named_tensors
-from offload_trainer.master import CheckpointStore, Master, Slab, StateLayout, find_checkpoint
+from offload_trainer.master import CheckpointStore, Master, Slab, StateSpec, find_checkpoint
 from offload_trainer.master.master import master_bytes
 from offload_trainer.master.precision import FP32, Precision
 from tests.models import VOCABULARY, llm, tokens
@@ -144,16 +144,16 @@ def slabs_through(staged: bool, pinned: list[int]) -> tuple[Tensor, Transfer, fl
     moves = Transfer(torch.device("cpu"))
     moves._apart = moves._pin = staged
     shapes = {name: plan.shape(name) for name in groups.shapes}
-    kinds: list[Layout] = [(torch.float32, torch.bfloat16, shapes)]
+    layouts: list[SlabLayout] = [(torch.float32, torch.bfloat16, shapes)]
     slab = Slab(shapes, torch.float32)
-    moves.fetch(master, kinds, [slab], plan, "weights")
+    moves.fetch(master, layouts, [slab], plan, "weights")
     exact = 0.0
     for name, part in slab.items():
         assert torch.equal(part, master[name][mesh(master[name], plan.indices(name))].float())
         step = 1e-3 * torch.randn(part.shape, generator=generator)
         part += step
         exact += step.double().square().sum().item()
-    out, expected = moves.staging(kinds, [slab], "weights"), FP32.rounding(5, "weights").narrow(slab.flat, 0)
+    out, expected = moves.staging(layouts, [slab], "weights"), FP32.rounding(5, "weights").narrow(slab.flat, 0)
     unloading = moves.unload([slab], out, FP32.rounding(5, "weights"))
     parts, excess = list(unloading.parts), unloading.excess()
     assert torch.equal(out[0].flat, expected) and torch.equal(slab.flat, expected.float())
@@ -203,10 +203,10 @@ class Mixed(nn.Module):
 
 
 def test_a_master_stores_what_its_precision_says_and_its_model_is_of_those_types() -> None:
-    model, layout = Mixed(), StateLayout(dict.fromkeys(MOMENTS), {}, None)
+    model, state_spec = Mixed(), StateSpec(dict.fromkeys(MOMENTS), {}, None)
     before = {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
-    predicted = master_bytes(model, layout, BF16)
-    master = Master(model, layout, precision=BF16)
+    predicted = master_bytes(model, state_spec, BF16)
+    master = Master(model, state_spec, precision=BF16)
     narrow = {"embedding.weight", "frozen"}
     for name, tensor in named_tensors(model).items():
         stored = torch.bfloat16 if name in narrow else before[name].dtype
@@ -228,13 +228,13 @@ def test_a_master_stores_what_its_precision_says_and_its_model_is_of_those_types
 
 @pytest.mark.parametrize("real", [False, True])
 def test_a_narrow_master_takes_half_the_bytes(real: bool) -> None:
-    layout = StateLayout(dict.fromkeys(MOMENTS), {}, None)
+    state_spec = StateSpec(dict.fromkeys(MOMENTS), {}, None)
     sizes = {}
     for precision in (FP32, Precision(torch.bfloat16), Precision(moments=torch.bfloat16), BF16):
         with torch.device("cpu" if real else "meta"):
             model = nn.Sequential(nn.Linear(256, 256), nn.LayerNorm(256), nn.Linear(256, 256))
-        predicted = master_bytes(model, layout, precision)
-        master = Master(model, layout, materialise=lambda model: None, precision=precision)
+        predicted = master_bytes(model, state_spec, precision)
+        master = Master(model, state_spec, materialise=lambda model: None, precision=precision)
         assert master.nbytes == sum(predicted.values())
         sizes[precision.weights, precision.moments] = predicted
     full, half = torch.float32, torch.bfloat16
@@ -285,13 +285,13 @@ def test_a_round_rounds_what_the_plan_keeps_and_changes_no_bit_else(
             loss = trainer.loss(batches[-1])
             trainer.accelerator.backward(loss)
             after: dict[str, Tensor] = {}
-            end = trainer._bench.writeback.end
+            end = trainer._bench.writeback.merge
 
             def remembering(*numbers: int, end: Any = end, after: Any = after, subnet: nn.Module = subnet) -> object:
                 after.update({name: tensor.detach().clone() for name, tensor in named_tensors(subnet).items()})
                 return end(*numbers)
 
-            monkeypatch.setattr(trainer._bench.writeback, "end", remembering)
+            monkeypatch.setattr(trainer._bench.writeback, "merge", remembering)
             trainer.step()
             trainer.finish_round()
             monkeypatch.undo()

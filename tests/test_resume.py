@@ -88,13 +88,13 @@ def test_a_checkpoint_within_a_round_is_of_its_beginning(tmp_path: Path, steps: 
 
 def test_an_interrupt_within_a_write_back_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with offloader(network(), sync_every=5) as trainer:
-        end = trainer._bench.writeback.end
+        end = trainer._bench.writeback.merge
 
         def interrupted() -> object:
             signal.raise_signal(signal.SIGINT)
             return end()
 
-        monkeypatch.setattr(trainer._bench.writeback, "end", interrupted)
+        monkeypatch.setattr(trainer._bench.writeback, "merge", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(trainer, data(5))
             trainer.finish_round()

@@ -17,7 +17,7 @@ from offload_trainer import Structure, evaluation, find_groups, making
 from offload_trainer import train as run
 from offload_trainer.config import parse
 from offload_trainer.device import elements, swap, transfer, workbench
-from offload_trainer.device.streams import Lane, Mark, Reading
+from offload_trainer.device.streams import Event, HostCopy, SideStream
 from offload_trainer.device.swap import Swap
 from offload_trainer.device.writeback import WriteBack
 from offload_trainer.forecast import sizes
@@ -80,21 +80,21 @@ def test_streams_wait_for_nothing_but_what_they_are_told(monkeypatch: pytest.Mon
 def hand_over(monkeypatch: pytest.MonkeyPatch, seed: int, *waits: str) -> list[float]:
     """2 x + 1 by way of two streams and back; x is 1."""
     with monkeypatch.context() as patch, simulated(patch, seed):
-        lane, slab = Lane(CUDA), Slab({"x": torch.Size([4])}, torch.float32, pin=True)
+        lane, slab = SideStream(CUDA), Slab({"x": torch.Size([4])}, torch.float32, pin=True)
         slab.flat.fill_(1.0)
         sent = slab["x"].to(CUDA, non_blocking=True)
         if "memory" in waits:
-            Mark(CUDA).wait()
+            Event(CUDA).synchronize()
         slab.flat.fill_(7.0)
         doubled = sent * 2
-        with lane.after(Mark(CUDA)) if "stream" in waits else lane.open():
+        with lane.after(Event(CUDA)) if "stream" in waits else lane.open():
             more = doubled + 1
-            done = Mark(CUDA)
+            done = Event(CUDA)
         if "stream" in waits:
-            done.hold()
+            done.wait()
         del doubled
-        back = Reading({"x": more}, CUDA)
-        found = (back.wait() if "host" in waits else back._values)["x"].tolist()
+        back = HostCopy({"x": more}, CUDA)
+        found = (back.result() if "host" in waits else back._values)["x"].tolist()
         slab.close()
         return found
 
@@ -148,7 +148,7 @@ def test_one_stream_is_late(
     parts = [nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 64)]
     model, batches = nn.Sequential(*parts), torch.randn(12, 4, 8)
     groups = find_groups(model, (torch.zeros(3, 8),))
-    written, write_back_ended = list[list[Tensor]](), WriteBack._ended
+    written, write_back_ended = list[list[Tensor]](), WriteBack._merged
     for overlap in (False, True):
         written.append([])
 
@@ -159,7 +159,7 @@ def test_one_stream_is_late(
                 tensor.clone() for held in (master.tensors, *master.moments.values()) for tensor in held.values()
             ]
 
-        monkeypatch.setattr(WriteBack, "_ended", noted)
+        monkeypatch.setattr(WriteBack, "_merged", noted)
         structure = Structure(groups, 0.5, per_group_keep={"0": 0.5})
         made = {"optimizer": factory, "structure": structure, "sync_every": 2, "overlap": overlap}
         loss = lambda module, x: module(x).square().mean()  # noqa: E731
@@ -169,7 +169,7 @@ def test_one_stream_is_late(
             Offloader(copy.deepcopy(model), groups, loss, **made) as trainer,
         ):
             bench = trainer._bench
-            lanes = {"leaving": bench.transfer._down, "arriving": bench._swap._lane}
+            lanes = {"leaving": bench.transfer._down, "arriving": bench._swap._link}
             gpu.late = lanes[late]._stream if late in lanes else gpu.default  # type: ignore[assignment]
             train(trainer, list(batches))
             trainer.finish_round()
@@ -281,14 +281,14 @@ def test_what_a_swap_takes_on_the_device_is_foreseen(
 
     with simulated(monkeypatch, 0) as gpu:
         monkeypatch.setattr(Swap, "do", measured)
-        layout = probe_optimizer(ADAMW, torch.float32, CUDA, carry=True)
+        state_spec = probe_optimizer(ADAMW, torch.float32, CUDA, carry=True)
         loss = lambda module, x: module(x).square().mean()  # noqa: E731
         with Offloader(
             model, groups, loss, optimizer=ADAMW, structure=structure, sync_every=3, precision=precision
         ) as trainer:
             plan = trainer.plan
             train(trainer, list(batches))
-    predicted = Sizes(network(6), layout, precision, plan, groups.sliced_by(structure.names))
+    predicted = Sizes(network(6), state_spec, precision, plan, groups.sliced_by(structure.names))
     foreseen = predicted.arriving(on_host=False)
     assert len(took) == 5 and foreseen / 2 < max(took) <= foreseen, (took, foreseen)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from offload_trainer import memory
 from offload_trainer.device import elements, transfer
 from offload_trainer.device.elements import gather_into, on_device, patch, scatter_from
-from offload_trainer.device.transfer import Layout, Transfer
+from offload_trainer.device.transfer import SlabLayout, Transfer
 from offload_trainer.groups import Group, Groups, Plan, Slot
 from offload_trainer.master.precision import FP32
 from offload_trainer.master.slab import Slab
@@ -150,13 +150,13 @@ def test_slabs_move_whole(pinned: list[int], units: set[int], heads: set[int], s
     moves = Transfer(torch.device("cpu"), overlap=staged)
     moves._pin = staged
     sliced = {name: plan.shape(name) for name in shapes}
-    kinds: list[Layout] = [(torch.float32, torch.float32, sliced)]
+    layouts: list[SlabLayout] = [(torch.float32, torch.float32, sliced)]
     slab = Slab(sliced, torch.float32)
-    moves.fetch(master, kinds, [slab], plan, "weights")
+    moves.fetch(master, layouts, [slab], plan, "weights")
     for name, part in slab.items():
         assert torch.equal(part, master[name][mesh(master[name], plan.indices(name))])
         part += 1
-    out = moves.staging(kinds, [slab], "weights")
+    out = moves.staging(layouts, [slab], "weights")
     unloading = moves.unload([slab], out, FP32.rounding(0, "weights"))
     parts = list(unloading.parts)
     assert [name for part in parts for name in part.names] == list(slab) and unloading.excess() == 0

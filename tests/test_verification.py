@@ -30,7 +30,7 @@ def by_hand(groups: Groups, model: nn.Module, **changed: list[str]) -> Groups:
 def test_groups_written_by_hand_are_proved_like_those_found(family: str, above: int):
     model, inputs = FAMILIES[family]()
     groups = find_groups(model, inputs)
-    assert verify_groups(model, by_hand(groups, model), inputs, stand_in_above=above) < 2e-5
+    assert verify_groups(model, by_hand(groups, model), inputs, narrow_above=above) < 2e-5
 
 
 @at_every_size
@@ -45,7 +45,7 @@ def test_groups_written_by_hand_are_proved_like_those_found(family: str, above: 
 def test_rules_that_do_not_fit_together_are_named_by_the_module_that_breaks(slots: list[str], where: str, above: int):
     model = MLP()
     with pytest.raises(UserError, match=rf"a sliced subnetwork of this model does not run: {where} \(Linear\)"):
-        verify_groups(model, read_rules({"hidden": slots}, model), vectors(6), stand_in_above=above)
+        verify_groups(model, read_rules({"hidden": slots}, model), vectors(6), narrow_above=above)
 
 
 class Two(nn.Module):
@@ -66,11 +66,11 @@ A, B = ["a.weight:0", "a.bias:0"], ["b.weight:0", "b.bias:0"]
 def test_a_wrong_offset_is_caught_and_the_module_named(above: int):
     model = Two()
     right = read_rules({"a": [*A, "head.weight:1"], "b": [*B, "head.weight:1:1:8"]}, model)
-    assert verify_groups(model, right, vectors(6), stand_in_above=above) < 1e-5
+    assert verify_groups(model, right, vectors(6), narrow_above=above) < 1e-5
     swapped = read_rules({"a": [*A, "head.weight:1:1:8"], "b": [*B, "head.weight:1"]}, model)
     with pytest.raises(UserError, match=r"groups 'a' and 'b' meet in head \(Linear\): a slot of one of them is wrong"):
         # Widths differ from plan to plan, so that the columns fit is luck; that they are the wrong ones is seen.
-        verify_groups(model, swapped, vectors(6), stand_in_above=above)
+        verify_groups(model, swapped, vectors(6), narrow_above=above)
 
 
 @at_every_size
@@ -89,10 +89,10 @@ def test_a_wrong_block_is_caught(above: int):
 
     model = Heads()
     rules = ["first.weight:0:2", "first.bias:0:2", "second.weight:1", "second.weight:1:1:4"]
-    assert verify_groups(model, read_rules({"pairs": rules}, model), vectors(6), stand_in_above=above) < 1e-5
+    assert verify_groups(model, read_rules({"pairs": rules}, model), vectors(6), narrow_above=above) < 1e-5
     with pytest.raises(UserError, match=r"second \(Linear\) takes units of .* apart|first seen in second"):
         verify_groups(
-            model, read_rules({"pairs": [*rules[:2], "second.weight:1:2"]}, model), vectors(6), stand_in_above=above
+            model, read_rules({"pairs": [*rules[:2], "second.weight:1:2"]}, model), vectors(6), narrow_above=above
         )
 
 
@@ -103,7 +103,7 @@ def test_one_missing_slot_of_a_llama_is_caught(above: int):
     name = "model.layers.1.mlp"
     rest = [str(slot) for slot in groups.slots(name) if "up_proj" not in str(slot)]
     with pytest.raises(UserError, match=r"does not run: model.layers.1.mlp \(LlamaMLP\)"):
-        verify_groups(model, by_hand(groups, model, **{name: rest}), tokens(), stand_in_above=above)
+        verify_groups(model, by_hand(groups, model, **{name: rest}), tokens(), narrow_above=above)
 
 
 @at_every_size
@@ -112,17 +112,17 @@ def test_a_forgotten_statistic_is_caught(above: int):
     groups = find_groups(model, inputs)
     rest = [str(slot) for slot in groups.slots("conv") if "running_var" not in str(slot)]
     with pytest.raises(UserError, match=r"does not run: norm \(BatchNorm2d\)"):
-        verify_groups(model, by_hand(groups, model, conv=rest), inputs, stand_in_above=above)
+        verify_groups(model, by_hand(groups, model, conv=rest), inputs, narrow_above=above)
 
 
 @at_every_size
 def test_a_missing_width_rule_is_caught(above: int):
     rule = {models.Attention: {"heads": ("qkv.weight", 0)}}
     groups = find_groups(models.ViT(free=False), images(), widths=rule)
-    assert verify_groups(models.ViT(free=False), groups, images(), stand_in_above=above) < 1e-5
+    assert verify_groups(models.ViT(free=False), groups, images(), narrow_above=above) < 1e-5
     forgotten = Groups(groups.groups, groups.shapes)
     with pytest.raises(UserError, match=r"does not run: attention \(Attention\) .*heads=4"):
-        verify_groups(models.ViT(free=False), forgotten, images(), stand_in_above=above)
+        verify_groups(models.ViT(free=False), forgotten, images(), narrow_above=above)
 
 
 def a_billion_parameters() -> Callable[[], None]:
@@ -277,7 +277,7 @@ def test_a_scale_by_the_width_found_at_run_time_is_refused(above: int):
 
     groups = find_groups(Scaled(), vectors(6))
     with pytest.raises(UserError, match="first seen in second"):
-        verify_groups(Scaled(), groups, vectors(6), stand_in_above=above)
+        verify_groups(Scaled(), groups, vectors(6), narrow_above=above)
 
 
 def test_random_plans_are_valid_reproducible_and_uneven_when_asked():

@@ -176,7 +176,7 @@ LOADING = """
 import sys, torch
 from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM
-from offload_trainer.master import Master, StateLayout
+from offload_trainer.master import Master, StateSpec
 from offload_trainer.tasks.stored import stored_tensors
 from offload_trainer.tasks.weights import Weights, materialise
 
@@ -191,7 +191,7 @@ for dtype in (torch.bfloat16, torch.float32):  # the larger one last: what is me
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
     weights = Weights.match(stored_tensors(folder), model)
     before = resident("VmRSS:")
-    master = Master(model, StateLayout({}, {}, None), materialise=lambda model: materialise(model, weights.load))
+    master = Master(model, StateSpec({}, {}, None), materialise=lambda model: materialise(model, weights.load))
     after = resident("VmHWM:")
     largest = max(tensor.nbytes for tensor in master.tensors.values())
     print(after - before, master.nbytes, largest, float(model.model.layers[5].mlp.up_proj.weight[0, 0]))

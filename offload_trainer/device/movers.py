@@ -88,7 +88,7 @@ def choose_mover(choice: Choice, threads: int) -> Mover:
     except NotCompiled as error:
         return Plain(str(error))
     native, plain = speed(Native(kernels, threads)), speed(Plain())
-    memory.give_back()
+    memory.trim_heap()
     if native > plain:
         return Native(kernels, threads, f"{native / 1e9:.1f} GB/s when tried, {plain / 1e9:.1f} by torch")
     return Plain(f"{plain / 1e9:.1f} GB/s when tried, {native / 1e9:.1f} by compiled kernels")

@@ -22,7 +22,7 @@ class Pipeline:
     """Does what it is given in order: on one background thread or, without `overlap`, at once.
 
     What a piece of work raises, with its traceback, the next `wait` raises, once; what was to follow it is left out.
-    device, threads: of torch, within the background thread.
+    device: current in the background thread. threads: of torch's operations there.
     """
 
     def __init__(self, device: torch.device, *, overlap: bool, threads: int = 1):

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from offload_trainer.device.streams import Reading
+from offload_trainer.device.streams import HostCopy
 from offload_trainer.errors import UserError
 
 BUCKET = 2**26
@@ -86,15 +86,15 @@ def mean(accelerator: Accelerator, value: Tensor) -> float:
     return float(accelerator.reduce(value.detach().reshape(1).float(), reduction="mean"))  # type: ignore[arg-type]
 
 
-def count(accelerator: Accelerator, value: bool) -> Reading:
+def count(accelerator: Accelerator, value: bool) -> HostCopy:
     """On how many ranks it is so, as `count`; on its way to the host. For several ranks."""
     here = torch.full((), float(value), device=accelerator.device)
-    return Reading({"count": accelerator.reduce(here, reduction="sum")}, accelerator.device)  # type: ignore[dict-item]
+    return HostCopy({"count": accelerator.reduce(here, reduction="sum")}, accelerator.device)  # type: ignore[dict-item]
 
 
 def anywhere(accelerator: Accelerator, value: bool) -> bool:
     """Whether it is so on any rank. With several the host waits for the device here."""
-    return value if accelerator.num_processes == 1 else bool(count(accelerator, value).wait()["count"])
+    return value if accelerator.num_processes == 1 else bool(count(accelerator, value).result()["count"])
 
 
 def gather(accelerator: Accelerator, value: Any) -> list[Any]:

@@ -1,4 +1,7 @@
-"""What a GPU does beside training, on streams of their own. A CPU does at once what it is given."""
+"""What a GPU does beside training, on other streams. A CPU does at once what it is given.
+
+As in torch, an event's `wait` holds up the current stream, its `synchronize` the host.
+"""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -7,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Mark:
+class Event:
     """A place in the work that the device's current stream has been given so far. timed: it can tell the time."""
 
     def __init__(self, device: torch.device, *, timed: bool = False):
@@ -17,44 +20,44 @@ class Mark:
             self._event = torch.cuda.Event(blocking=True, enable_timing=timed)
             self._event.record(torch.cuda.current_stream(device))
 
-    def hold(self) -> None:
+    def wait(self) -> None:
         """What the current stream is given from now on waits until then. The host does not."""
         if self._event is not None:
             self._event.wait(torch.cuda.current_stream(self._device))
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         """The host waits until then."""
         if self._event is not None:
             self._event.synchronize()
 
-    def seconds_since(self, before: "Mark") -> float:
-        """Between two timed marks that the host has waited for; 0 on a CPU."""
+    def seconds_since(self, before: "Event") -> float:
+        """Between two timed events that the host has waited for; 0 on a CPU."""
         if self._event is None or before._event is None:
             return 0.0
         return before._event.elapsed_time(self._event) / 1e3
 
 
-class Reading:
+class HostCopy:
     """Values on their way from the device to the host, after all that its current stream has been given so far."""
 
     def __init__(self, values: Mapping[str, Tensor], device: torch.device):
         # From a GPU into pinned memory: so the copy goes on by itself.
         self._values = {name: value.detach().to("cpu", non_blocking=True) for name, value in values.items()}
-        self._there = Mark(device)
+        self._there = Event(device)
 
-    def wait(self) -> Mapping[str, Tensor]:
+    def result(self) -> Mapping[str, Tensor]:
         """The host waits until they are there."""
-        self._there.wait()
+        self._there.synchronize()
         return self._values
 
 
-def hold_all(marks: Mapping[str, Mark]) -> None:
+def wait_all(events: Mapping[str, Event]) -> None:
     """The current stream waits for all of these."""
-    for mark in set(marks.values()):
-        mark.hold()
+    for event in set(events.values()):
+        event.wait()
 
 
-class Lane:
+class SideStream:
     """A stream beside the one that trains."""
 
     def __init__(self, device: torch.device):
@@ -65,8 +68,8 @@ class Lane:
         """Within it the device is given work on this stream."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def after(self, mark: Mark) -> AbstractContextManager[object]:
-        """The same, for work that waits for `mark`."""
+    def after(self, event: Event) -> AbstractContextManager[object]:
+        """The same, for work that waits for `event`."""
         with self.open():
-            mark.hold()
+            event.wait()
         return self.open()

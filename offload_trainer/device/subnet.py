@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload_trainer.device.transfer import Layout, layouts
+from offload_trainer.device.transfer import SlabLayout, slab_layouts
 from offload_trainer.errors import UserError
 from offload_trainer.groups.plan import Plan
 from offload_trainer.groups.slicing import named_tensors, rebuild
 from offload_trainer.master.master import Master
-from offload_trainer.master.moments import OptimizerFactory, StateLayout, read_scalars, set_scalars
+from offload_trainer.master.moments import OptimizerFactory, StateSpec, read_scalars, set_scalars
 from offload_trainer.master.slab import Slab
 
 
@@ -26,8 +26,8 @@ class Subnet:
         self._master, self._device = master, device
         self.plan = plan
         entries = {name: (dtype, plan.shape(name)) for name, dtype in master.computes.items()}
-        self.kinds = layouts(entries, {name: full.dtype for name, full in master.tensors.items()})
-        self.slabs = [Slab(shapes, dtype, device) for dtype, _, shapes in self.kinds]
+        self.layouts = slab_layouts(entries, {name: full.dtype for name, full in master.tensors.items()})
+        self.slabs = [Slab(shapes, dtype, device) for dtype, _, shapes in self.layouts]
         # `data`: else all would share one version counter, and a buffer that a forward writes in place would look to
         # the backward like a change of every weight.
         views = {name: view.data for slab in self.slabs for name, view in slab.items()}
@@ -70,7 +70,7 @@ class Subnet:
 class TrainedSubnet(Subnet):
     """The subnet that is trained: a `Subnet` with an optimizer, made once for all plans of its shapes.
 
-    layout: of the optimizer's state; the moments it has are those of `slabs_of`, all else starts anew with every round.
+    state_spec: the moments it has are those of `slabs_of`; all else of the optimizer's starts anew with every round.
     sampled: the tensors that some plan slices.
     """
 
@@ -80,16 +80,16 @@ class TrainedSubnet(Subnet):
         plan: Plan,
         device: torch.device,
         factory: OptimizerFactory,
-        layout: StateLayout,
+        state_spec: StateSpec,
         *,
         sampled: frozenset[str],
     ):
         super().__init__(master, plan, device)
-        self._layout, self._sampled = layout, sampled
+        self._state_spec, self._sampled = state_spec, sampled
         named = dict(self.module.named_parameters())
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in named.items() if p.requires_grad}
         self.optimizer = factory(list(self.parameters.values()))
-        if layout.corrected and len({tuple(group["betas"]) for group in self.optimizer.param_groups}) > 1:
+        if state_spec.corrected and len({tuple(group["betas"]) for group in self.optimizer.param_groups}) > 1:
             raise UserError("the optimizer's parameter groups differ in betas: use one pair, or optimizer.state: reset")
         self._steps: Counter[str] = Counter()
         """That the optimizer's state of each parameter counts: without asking the device."""
@@ -99,15 +99,15 @@ class TrainedSubnet(Subnet):
     @property
     def moments(self) -> tuple[str, ...]:
         """Names of those that come and go with the weights."""
-        return tuple(self._layout.moments)
+        return tuple(self._state_spec.moments)
 
-    def kinds_of(self, what: str) -> list[Layout]:
+    def layouts_of(self, what: str) -> list[SlabLayout]:
         """The layouts of the slabs of "weights" (with the buffers), or of a moment by its name."""
         if what == "weights":
-            return self.kinds
+            return self.layouts
         entries = {name: (parameter.dtype, parameter.shape) for name, parameter in self.parameters.items()}
         stored = {name: full.dtype for name, full in self._master.moments[what].items()}
-        return layouts(self._layout.entries(what, entries), stored)
+        return slab_layouts(self._state_spec.entries(what, entries), stored)
 
     def slabs_of(self, what: str) -> list[Slab]:
         """The slabs of "weights" (with the buffers), or of a moment by its name; made where there were none."""
@@ -116,19 +116,19 @@ class TrainedSubnet(Subnet):
         if what not in self._moments:
             # As they start, since a parameter that gets no gradient is written back as well.
             self._moments[what] = [
-                Slab(shapes, dtype, self._device, zeros=True) for dtype, _, shapes in self.kinds_of(what)
+                Slab(shapes, dtype, self._device, zeros=True) for dtype, _, shapes in self.layouts_of(what)
             ]
-            if start := self._layout.starts.get(what):
+            if start := self._state_spec.starts.get(what):
                 for slab in self._moments[what]:
                     slab.flat.fill_(start)
         return self._moments[what]
 
-    def begin(self, clock: int) -> None:
+    def load_state(self, clock: int) -> None:
         """Begin a round whose weights, and moments as the master has them, are in the slabs.
 
         clock: steps that the moments of parameters count whose entries differ in age.
         """
-        if not self._layout.carried:
+        if not self._state_spec.carried:
             self.optimizer.state.clear()
             return
         if not self._master.scalars:
@@ -142,7 +142,7 @@ class TrainedSubnet(Subnet):
                     views.setdefault(name, {})[moment] = slab[name]
                     corrected += [slab[name]] if self._mixed(name) else []
             if corrected:
-                torch._foreach_mul_(corrected, self._layout.correction(moment, clock))
+                torch._foreach_mul_(corrected, self._state_spec.correction(moment, clock))
         numbers: list[tuple[dict[str, Any], Mapping[str, float]]] = []
         for name, parameter in self.parameters.items():
             scalars = self._master.scalars.get(name)
@@ -154,7 +154,7 @@ class TrainedSubnet(Subnet):
             state.update(views.get(name, {}))
             numbers.append((state, {**scalars, "step": clock} if self._mixed(name) else scalars))
             self._steps[name] = int(numbers[-1][1].get("step", 0))
-        set_scalars(numbers, self._layout)
+        set_scalars(numbers, self._state_spec)
 
     def step(self) -> None:
         """An optimizer step; the gradients are gone then."""
@@ -162,12 +162,12 @@ class TrainedSubnet(Subnet):
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def end(self) -> None:
+    def save_state(self) -> None:
         """End a round: moments as the master is to have them in the slabs, the optimizer's numbers in the master."""
-        if not self._layout.carried:
+        if not self._state_spec.carried:
             return
         states = {name: self.optimizer.state[p] for name, p in self.parameters.items() if self.optimizer.state[p]}
-        self._master.scalars.update(read_scalars(states.items(), self._layout, self._steps))
+        self._master.scalars.update(read_scalars(states.items(), self._state_spec, self._steps))
         for moment in self.moments:
             by_correction: dict[float, list[Tensor]] = {}  # one, unless some parameters got no gradient at times
             for slab in self.slabs_of(moment):
@@ -178,7 +178,7 @@ class TrainedSubnet(Subnet):
                         states[name][moment] = slab[name]
                     if self._mixed(name):
                         step = self._master.scalars[name].get("step", 0.0)
-                        by_correction.setdefault(self._layout.correction(moment, step), []).append(slab[name])
+                        by_correction.setdefault(self._state_spec.correction(moment, step), []).append(slab[name])
             for correction, tensors in by_correction.items():
                 torch._foreach_div_(tensors, correction)
 
@@ -198,7 +198,7 @@ class TrainedSubnet(Subnet):
 
     def _mixed(self, name: str) -> bool:
         """Whether the parameter's entries may have been trained for different numbers of steps."""
-        return self._layout.corrected and name in self._sampled
+        return self._state_spec.corrected and name in self._sampled
 
     @property
     def trained_bytes(self) -> int:

@@ -22,7 +22,7 @@ from offload_trainer import memory
 from offload_trainer.device.elements import norm
 from offload_trainer.device.movers import Mover, Plain
 from offload_trainer.device.pipeline import in_background
-from offload_trainer.device.streams import Lane, Mark
+from offload_trainer.device.streams import Event, SideStream
 from offload_trainer.groups.plan import Plan
 from offload_trainer.master.precision import Rounding
 from offload_trainer.master.slab import Part, Slab
@@ -33,11 +33,13 @@ the threads that move them adds one."""
 LINK_CHUNK = 2**23
 """Elements whose type changes at a time: up to 20 bytes of scratch each, on the device."""
 
-Layout = tuple[torch.dtype, torch.dtype, Mapping[str, torch.Size]]
+SlabLayout = tuple[torch.dtype, torch.dtype, Mapping[str, torch.Size]]
 """Of a slab: the type computed in, the type stored in the master, and the shapes by name."""
 
 
-def layouts(entries: Mapping[str, tuple[torch.dtype, torch.Size]], stored: Mapping[str, torch.dtype]) -> list[Layout]:
+def slab_layouts(
+    entries: Mapping[str, tuple[torch.dtype, torch.Size]], stored: Mapping[str, torch.dtype]
+) -> list[SlabLayout]:
     """One for each type and, of it, each stored type: so a slab crosses the link as a whole."""
     table: dict[tuple[torch.dtype, torch.dtype], dict[str, torch.Size]] = {}
     for name, (dtype, shape) in entries.items():
@@ -45,11 +47,11 @@ def layouts(entries: Mapping[str, tuple[torch.dtype, torch.Size]], stored: Mappi
     return [(*types, shapes) for types, shapes in table.items()]
 
 
-def limited(kinds: Iterable[Layout], names: Container[str]) -> list[Layout]:
+def limited(layouts: Iterable[SlabLayout], names: Container[str]) -> list[SlabLayout]:
     """The same slabs, of tensors of these names only."""
     return [
         (dtype, stored, {name: shape for name, shape in shapes.items() if name in names})
-        for dtype, stored, shapes in kinds
+        for dtype, stored, shapes in layouts
     ]
 
 
@@ -75,14 +77,14 @@ class Unloading:
 
     parts: Iterator[Part]
     """Of staging, each once it has arrived: the host waits for it."""
-    unloaded: Mapping[str, Mark]
+    unloaded: Mapping[str, Event]
     """When a tensor's values have left the device."""
     _excess: Tensor
-    _told: Mark
+    _told: Event
 
     def excess(self) -> float:
         """Σ (value − rounded value)², over all slabs."""
-        self._told.wait()
+        self._told.synchronize()
         return float(self._excess)
 
 
@@ -97,8 +99,8 @@ class Transfer:
         self._device, self._pin = device, device.type == "cuda"
         self._overlap = overlap
         self._staging: dict[tuple, Slab] = {}
-        self._down = Lane(device)
-        self._held: list[tuple[Mark, Mark]] = []
+        self._down = SideStream(device)
+        self._held: list[tuple[Event, Event]] = []
         self.work, self._lock = Work(), Lock()
 
     @property
@@ -106,10 +108,10 @@ class Transfer:
         return sum(slab.nbytes for slab in self._staging.values())
 
     def fetch(
-        self, full: Mapping[str, Tensor], kinds: Iterable[Layout], slabs: Sequence[Slab], plan: Plan, use: str
+        self, full: Mapping[str, Tensor], layouts: Iterable[SlabLayout], slabs: Sequence[Slab], plan: Plan, use: str
     ) -> None:
         """Device ← what the plan keeps of the master: both steps at once."""
-        for source, target in zip(self.staging(kinds, slabs, use), slabs, strict=True):
+        for source, target in zip(self.staging(layouts, slabs, use), slabs, strict=True):
             for part in source.parts(PART):
                 self.gather(full, [part], plan)
                 self._send(part.flat, target.flat[part.place])
@@ -136,7 +138,7 @@ class Transfer:
     def _wait(self) -> None:
         """The host waits for the copies that are under way."""
         start = perf_counter()
-        Mark(self._device).wait()
+        Event(self._device).synchronize()
         self._took("link", start)
 
     def arrived(self, staged: Part, dtype: torch.dtype) -> Mapping[str, Tensor]:
@@ -158,15 +160,15 @@ class Transfer:
         errors = [error for flat in narrow for error in self._round(flat, rounding)]
         excess = torch.stack(errors).double().square().sum() if errors else torch.zeros(())
         excess = excess.to("cpu", non_blocking=True)
-        rounded = Mark(self._device)
-        queued: list[tuple[Part, Mark]] = []
+        rounded = Event(self._device)
+        queued: list[tuple[Part, Event]] = []
         with self._down.after(rounded):
             for source, target in pairs:
                 for part in target.parts(PART):
                     self._leave(source.flat[part.place], part.flat)
-                    queued.append((part, Mark(self._device)))
+                    queued.append((part, Event(self._device)))
         self._took("link", start)
-        unloaded = {name: mark for part, mark in queued for name in part.names}
+        unloaded = {name: event for part, event in queued for name in part.names}
         return Unloading(self._arriving(queued), unloaded, excess, rounded)
 
     def _round(self, flat: Tensor, rounding: Rounding) -> Iterator[Tensor]:
@@ -184,28 +186,28 @@ class Transfer:
         elif here.data_ptr() != there.data_ptr():
             here.copy_(there, non_blocking=True)
 
-    def _arriving(self, queued: Iterable[tuple[Part, Mark]]) -> Iterator[Part]:
-        for part, mark in queued:
+    def _arriving(self, queued: Iterable[tuple[Part, Event]]) -> Iterator[Part]:
+        for part, event in queued:
             start = perf_counter()
-            mark.wait()
+            event.synchronize()
             self._took("link", start)
             yield part
 
-    def hold(self, mark: Mark) -> None:
+    def hold(self, event: Event) -> None:
         """Training waits until then, the host does not; `count` adds how long to `work`."""
-        before = Mark(self._device, timed=True)
-        mark.hold()
-        self._held.append((before, Mark(self._device, timed=True)))
+        before = Event(self._device, timed=True)
+        event.wait()
+        self._held.append((before, Event(self._device, timed=True)))
 
-    def held(self) -> list[tuple[Mark, Mark]]:
+    def held(self) -> list[tuple[Event, Event]]:
         """Where training was held since the last call: begin and end."""
         held, self._held = self._held, []
         return held
 
-    def count(self, held: Iterable[tuple[Mark, Mark]]) -> None:
+    def count(self, held: Iterable[tuple[Event, Event]]) -> None:
         """Add to `work` how long training was held there. The host waits for the device to have passed those places."""
         for before, after in held:
-            after.wait()
+            after.synchronize()
             self.work.waited += after.seconds_since(before)
 
     def merge(self, staged: Iterable[Part], full: Mapping[str, Tensor], plan: Plan, *, delta: bool = False) -> float:
@@ -225,17 +227,17 @@ class Transfer:
             if not in_background():
                 self.work.waited += seconds
 
-    def staging(self, kinds: Iterable[Layout], slabs: Iterable[Slab], use: str) -> list[Slab]:
+    def staging(self, layouts: Iterable[SlabLayout], slabs: Iterable[Slab], use: str) -> list[Slab]:
         """Pinned slabs of these layouts, whose memory is kept; a slab of `slabs` where it will do itself."""
         same, use = self._device.type == "cpu" and not self._overlap, use if self._overlap else ""
         return [
             slab if same and dtype == stored else self._staged(stored, shapes, use)
-            for (dtype, stored, shapes), slab in zip(kinds, slabs, strict=True)
+            for (dtype, stored, shapes), slab in zip(layouts, slabs, strict=True)
         ]
 
-    def staging_ahead(self, kinds: Iterable[Layout], use: str) -> list[Slab]:
+    def staging_ahead(self, layouts: Iterable[SlabLayout], use: str) -> list[Slab]:
         """Pinned slabs of these layouts beside those of `staging`."""
-        return [self._staged(stored, shapes, f"{use} ahead") for _, stored, shapes in kinds]
+        return [self._staged(stored, shapes, f"{use} ahead") for _, stored, shapes in layouts]
 
     def _staged(self, dtype: torch.dtype, shapes: Mapping[str, torch.Size], use: str) -> Slab:
         key = (use, dtype, tuple(shapes))

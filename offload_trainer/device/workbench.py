@@ -24,8 +24,8 @@ from offload_trainer.device.transfer import Transfer, limited
 from offload_trainer.device.writeback import WriteBack
 from offload_trainer.groups.plan import Plan
 from offload_trainer.master import Master, Slab
-from offload_trainer.master.interrupts import undivided
-from offload_trainer.master.moments import OptimizerFactory, StateLayout
+from offload_trainer.master.interrupts import defer_interrupts
+from offload_trainer.master.moments import OptimizerFactory, StateSpec
 from offload_trainer.randomness import random_state, set_random_state
 
 Compile = bool | Literal["graphs"]
@@ -43,7 +43,7 @@ class Workbench:
         master: Master,
         device: torch.device,
         factory: OptimizerFactory,
-        layout: StateLayout,
+        state_spec: StateSpec,
         *,
         sampled: frozenset[str],
         compile: Compile,
@@ -51,19 +51,21 @@ class Workbench:
         mover: Mover,
     ):
         self._master, self._device, self._overlap = master, device, overlap
-        self._layout, self._sampled, self.compile = layout, sampled, compile
-        self._new_subnet = partial(TrainedSubnet, device=device, factory=factory, layout=layout, sampled=sampled)
+        self._state_spec, self._sampled, self.compile = state_spec, sampled, compile
+        self._new_subnet = partial(
+            TrainedSubnet, device=device, factory=factory, state_spec=state_spec, sampled=sampled
+        )
         self.transfer = Transfer(device, overlap=overlap, mover=mover)
         self._swap = Swap(self.transfer, device, in_place=compile == "graphs" or device.type == "cpu")
         self.pipeline = Pipeline(device, overlap=overlap, threads=transfer_threads(device, overlap=overlap))
         self.writeback = WriteBack(master, self.transfer, self.pipeline, overlap=overlap)
         self._subnet: TrainedSubnet | None = None
         self._reference: Subnet | None = None
-        self._waiting: Plan | None = None
+        self._next_plan: Plan | None = None
         """Plan of the next round, whose weights are the reference's."""
         self._ahead: Future[Ahead | None] | None = None
         """For the next two rounds."""
-        self._ready: Plan | None = None
+        self._resident: Plan | None = None
         """Of which the subnet holds what the master holds, between two rounds."""
         self.forward: Any = None
         """The subnet's module as it is called: compiled where that was asked for."""
@@ -84,47 +86,47 @@ class Workbench:
 
     # A round
 
-    def begin(self, plan: Plan, reference: Plan | None, following: Plan | None, steps: int) -> None:
+    def begin(self, plan: Plan, reference: Plan | None, next_plan: Plan | None, steps: int) -> None:
         """Make the trained subnet that of `plan`, and the reference that of `reference` (None: there is none).
 
-        following: plan of the next round, if it is known; steps: that the run has taken so far.
+        next_plan: plan of the next round, if it is known; steps: that the run has taken so far.
         """
-        ready, ahead = self._ready, self.ahead
-        self._ready = self._ahead = None
-        self.clock = self.clock if plan.digest == self.last_digest else min(steps, self._layout.horizon)
+        resident, ahead = self._resident, self.ahead
+        self._resident = self._ahead = None
+        self.clock = self.clock if plan.digest == self.last_digest else min(steps, self._state_spec.horizon)
         self.last_digest = plan.digest
-        if ahead is not None and ahead.plan == plan:
+        if ahead is not None and ahead.next_plan == plan:
             assert self._reference is not None and self._reference.plan == plan
-            with undivided():
+            with defer_interrupts():
                 self._swap.do(self.subnet, self._reference, ahead, self.writeback.unloaded, self.clock)
         else:
             ahead = None
-            self._rest()
-            if ready != plan:
-                self._take(plan)
-            self.subnet.begin(self.clock)
-        self._waiting = following if self._overlap and following is not None and self.subnet.fits(following) else None
-        wanted = self._waiting or reference
-        if ahead is None or ahead.later != wanted:
+            self._hold_for_link()
+            if resident != plan:
+                self._gather_subnet(plan)
+            self.subnet.load_state(self.clock)
+        self._next_plan = next_plan if self._overlap and next_plan is not None and self.subnet.fits(next_plan) else None
+        wanted = self._next_plan or reference
+        if ahead is None or ahead.after_next != wanted:
             self._take_reference(wanted)
 
     def look_ahead(self, draw: Callable[[], Plan | None]) -> None:
-        """Gather for the next two rounds while this one trains. draw: the plan of the later one, if it is known."""
+        """Gather for the next two rounds while this one trains. draw: the plan of the second, if it is known."""
         staged = self._staging_ahead()  # pinned here: another thread would do it from the first GPU
-        self._ahead = self.pipeline.do(partial(self._gather_ahead, self._waiting, draw, staged))
+        self._ahead = self.pipeline.do(partial(self._gather_ahead, self._next_plan, draw, staged))
 
     @torch.no_grad()
     def unload(self, steps: int, round: int) -> None:
         """The values of a round, of this number and of `steps` steps, leave for staging; after `wait`. The host waits
         for nothing, unless an optimizer keeps numbers on the device.
 
-        `writeback.end` follows, or `clear` if they are not to reach the master.
+        `writeback.merge` follows, or `clear` if they are not to reach the master.
         """
         self.subnet.reattach()
-        self.subnet.end()
+        self.subnet.save_state()
         self.clock += steps
-        self.writeback.begin(self.subnet, round)
-        self._ready = self.subnet.plan
+        self.writeback.unload(self.subnet, round)
+        self._resident = self.subnet.plan
 
     def step(self) -> None:
         """An optimizer step of the subnet, for which its moments must have arrived."""
@@ -148,13 +150,13 @@ class Workbench:
 
     def drop_reference(self) -> None:
         """Free it for the rest of the round, unless it is trained next."""
-        if self._waiting is None:
-            self._rest()
+        if self._next_plan is None:
+            self._hold_for_link()
             self._reference = None
 
     def wait(self) -> None:
-        """Until the background is done; raises what went wrong there. Asked by the background itself: all that was to
-        precede what it does now is done."""
+        """Until the background thread is done; raises what went wrong there. Asked by that thread itself: at once,
+        since its earlier jobs are done."""
         if in_background():
             return
         start = perf_counter()
@@ -168,10 +170,10 @@ class Workbench:
 
     # What it does on the way
 
-    def _take(self, plan: Plan) -> None:
+    def _gather_subnet(self, plan: Plan) -> None:
         """Gather a plan now."""
         self.wait()
-        self._rest()
+        self._hold_for_link()
         if self._subnet is None or not self._subnet.fits(plan):
             self._subnet = None  # before the next one is made: never two
             self._subnet = self._new_subnet(self._master, plan)
@@ -181,16 +183,16 @@ class Workbench:
                 self.forward = torch.compile(self._subnet.module, mode=mode)
         self._load(self.subnet, plan)
         for moment in self.subnet.moments if self._master.scalars else ():
-            kinds, slabs = self.subnet.kinds_of(moment), self.subnet.slabs_of(moment)
-            self.transfer.fetch(self._master.moments[moment], kinds, slabs, plan, moment)
+            layouts, slabs = self.subnet.layouts_of(moment), self.subnet.slabs_of(moment)
+            self.transfer.fetch(self._master.moments[moment], layouts, slabs, plan, moment)
 
-    def _rest(self) -> None:
+    def _hold_for_link(self) -> None:
         """Training waits until nothing crosses the link; the host does not. Before memory there is used for more."""
         self._swap.hold("weights", "moments")
         self.writeback.hold()
 
     def _take_reference(self, plan: Plan | None) -> None:
-        self._rest()
+        self._hold_for_link()
         if plan is None:
             self._reference = None
             return
@@ -201,27 +203,27 @@ class Workbench:
         self._load(self._reference, plan)
 
     def _load(self, subnet: Subnet, plan: Plan) -> None:
-        self.transfer.fetch(self._master.tensors, subnet.kinds, subnet.slabs, plan, "weights")
+        self.transfer.fetch(self._master.tensors, subnet.layouts, subnet.slabs, plan, "weights")
         subnet.plan = plan
 
     def _staging_ahead(self) -> dict[str, list[Slab]]:
         """Staging of weights, and of moments by name; of nothing if no plan waits. Without tensors that no plan slices:
         all of those is trained in every round, so what waits is on the device."""
-        staging, kinds = self.transfer.staging_ahead, self.subnet.kinds_of
-        wanted = () if self._waiting is None else ("weights", *self.subnet.moments)
-        return {what: staging(limited(kinds(what), self._sampled), what) for what in wanted}
+        staging, layouts = self.transfer.staging_ahead, self.subnet.layouts_of
+        wanted = () if self._next_plan is None else ("weights", *self.subnet.moments)
+        return {what: staging(limited(layouts(what), self._sampled), what) for what in wanted}
 
     def _gather_ahead(
-        self, following: Plan | None, draw: Callable[[], Plan | None], staged: dict[str, list[Slab]]
+        self, next_plan: Plan | None, draw: Callable[[], Plan | None], staged: dict[str, list[Slab]]
     ) -> Ahead | None:
         """Moments of the next round's plan and weights of the one after, where both fit. In the background."""
-        later = draw()
-        if following is None or later is None or not self.subnet.fits(later):
+        after_next = draw()
+        if next_plan is None or after_next is None or not self.subnet.fits(after_next):
             return None
-        ahead = self._swap.prepare(self.subnet, following, later, staged)
+        ahead = self._swap.prepare(self.subnet, next_plan, after_next, staged)
         for moment in self.subnet.moments:
-            self.transfer.gather(self._master.moments[moment], map(Slab.whole, staged[moment]), following)
-        self.transfer.gather(self._master.tensors, map(Slab.whole, staged["weights"]), later)
+            self.transfer.gather(self._master.moments[moment], map(Slab.whole, staged[moment]), next_plan)
+        self.transfer.gather(self._master.tensors, map(Slab.whole, staged["weights"]), after_next)
         return ahead
 
     def clear(self) -> None:
@@ -229,7 +231,7 @@ class Workbench:
         self.pipeline.drain()
         memory.synchronize(self._device)  # what crosses the link may be on its way
         self._subnet = self._reference = self.forward = None
-        self._waiting = self._ahead = self._ready = None
+        self._next_plan = self._ahead = self._resident = None
         self.writeback.give_up()
 
     def close(self) -> None:

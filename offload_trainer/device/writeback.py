@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 from offload_trainer.device.pipeline import Pipeline
-from offload_trainer.device.streams import Mark, hold_all
+from offload_trainer.device.streams import Event, wait_all
 from offload_trainer.device.subnet import TrainedSubnet
 from offload_trainer.device.transfer import Transfer, Unloading, Work
 from offload_trainer.groups.plan import Plan
@@ -13,17 +13,17 @@ from offload_trainer.master import Master
 
 
 class WriteBack:
-    """Subnet → staging with `begin`, staging → master with `end`: between the two a round may still be given up.
+    """Subnet → staging with `unload`, staging → master with `merge`: between the two a round may still be given up.
 
     overlap: the second goes on in the pipeline's background.
     """
 
     def __init__(self, master: Master, transfer: Transfer, pipeline: Pipeline, *, overlap: bool):
         self._master, self._transfer, self._pipeline, self._overlap = master, transfer, pipeline, overlap
-        self.unloaded: dict[str, Mapping[str, Mark]] = {}
+        self.unloaded: dict[str, Mapping[str, Event]] = {}
         """When the values of the last round are off the device: of "weights" and moments, by tensor."""
         self._unloading: Iterable[tuple[str, Unloading, Plan]] = ()
-        self._held: list[tuple[Mark, Mark]] = []
+        self._held: list[tuple[Event, Event]] = []
         """Where that round was held by transfers."""
         self._squared = 0.0
         """Σ (new − old)² of the weights that were merged last."""
@@ -34,22 +34,22 @@ class WriteBack:
         self.broken = False
         """One was begun and has not come to its end."""
 
-    def begin(self, subnet: TrainedSubnet, round: int) -> None:
+    def unload(self, subnet: TrainedSubnet, round: int) -> None:
         """The values of a round of this number leave the device; may be under way still."""
         self.unloaded, self._held = {}, self._transfer.held()
-        unloading = self._unload(subnet, round)
+        unloading = self._unloads(subnet, round)
         # Where nothing overlaps all share one staging, so each is unloaded when the one before is in the master.
         self._unloading = list(unloading) if self._overlap else unloading
 
-    def _unload(self, subnet: TrainedSubnet, round: int) -> Iterator[tuple[str, Unloading, Plan]]:
+    def _unloads(self, subnet: TrainedSubnet, round: int) -> Iterator[tuple[str, Unloading, Plan]]:
         for what in ("weights", *subnet.moments):
-            slabs, kinds = subnet.slabs_of(what), subnet.kinds_of(what)
-            staged = self._transfer.staging(kinds, slabs, what)
+            slabs, layouts = subnet.slabs_of(what), subnet.layouts_of(what)
+            staged = self._transfer.staging(layouts, slabs, what)
             one = self._transfer.unload(slabs, staged, self._master.precision.rounding(round, what))
             self.unloaded[what] = one.unloaded
             yield what, one, subnet.plan
 
-    def end(self) -> tuple[Work, float]:
+    def merge(self) -> tuple[Work, float]:
         """What has left → master, where it is once the pipeline is done. For when the round's steps are done.
 
         Returns `work` and `delta_norm` as of this one or, where rounds overlap, of the one before.
@@ -57,12 +57,12 @@ class WriteBack:
         before, self.broken = (self.work, self.delta_norm), True
         self._transfer.count(self._held)
         for what, unloading, plan in self._unloading:
-            self._pipeline.do(partial(self._merge, what, unloading, plan))
-        self._pipeline.do(self._ended)
+            self._pipeline.do(partial(self._merge_one, what, unloading, plan))
+        self._pipeline.do(self._merged)
         self._unloading = ()
         return before if self._overlap else (self.work, self.delta_norm)
 
-    def _merge(self, what: str, unloading: Unloading, plan: Plan) -> None:
+    def _merge_one(self, what: str, unloading: Unloading, plan: Plan) -> None:
         if what == "weights":
             squared = self._transfer.merge(unloading.parts, self._master.tensors, plan, delta=True)
             # Of rounded values: an unbiased estimate, less what rounding adds to it in expectation.
@@ -70,13 +70,13 @@ class WriteBack:
         else:
             self._transfer.merge(unloading.parts, self._master.moments[what], plan)
 
-    def _ended(self) -> None:
+    def _merged(self) -> None:
         self.delta_norm, self.work, self.broken = self._squared**0.5, replace(self._transfer.work), False
 
     def hold(self) -> None:
         """Training waits until all has left, the host does not."""
-        for marks in self.unloaded.values():
-            hold_all(marks)
+        for events in self.unloaded.values():
+            wait_all(events)
         self.unloaded = {}
 
     def give_up(self) -> None:

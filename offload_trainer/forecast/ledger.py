@@ -41,8 +41,8 @@ class Ledger:
     notes: tuple[str, ...] = ()
     """What the figures leave out."""
     rows: int | None = None
-    """How many rows of a batch pass through the full master at once, so that it takes no more of the device than
-    training does, where that can be; None: all."""
+    """Rows of a batch that pass through the full master at once: as many as take no more of the device than training
+    does, where some do; None: all."""
 
     def with_larger_process(self, growth: int) -> "Ledger":
         """The ledger of a process that holds so many bytes more by itself."""

@@ -21,7 +21,7 @@ from offload_trainer.groups import Plan
 from offload_trainer.groups.slicing import named_tensors
 from offload_trainer.initial import standins
 from offload_trainer.master.master import master_bytes
-from offload_trainer.master.moments import OptimizerFactory, StateLayout, trained_dtype
+from offload_trainer.master.moments import OptimizerFactory, StateSpec, trained_dtype
 from offload_trainer.master.precision import Precision
 
 LOADING = 2**23
@@ -42,7 +42,7 @@ class Predictor:
 
     passes: Passes
     """Of its model, losses and batches."""
-    layout: StateLayout
+    state_spec: StateSpec
     """Without moments: the optimizer's state is not carried from round to round."""
     optimizer: OptimizerFactory
     process: int
@@ -78,7 +78,7 @@ class Predictor:
         reference: a second subnet is held beside the one that is trained. ahead: it is trained next, so that rounds
         overlap. sampled: the tensors that some plan slices.
         """
-        sizes = Sizes(self.passes.model, self.layout, self.passes.precision, plan, sampled)
+        sizes = Sizes(self.passes.model, self.state_spec, self.passes.precision, plan, sampled)
         host, held = self._host(sizes, ahead), self._held(sizes, reference)
         small = held | {"exported subnet": self.candidates * sizes.weights}
         moved = host | _if_any({"subnet in transit": 0 if self._on_host else sizes.weights})
@@ -107,7 +107,7 @@ class Predictor:
     def savings(self) -> dict[str, int]:
         """What each option (config key and value) would save of the master's slabs, in bytes; 0 is left out."""
         options = {
-            "optimizer.state: reset": replace(self, layout=StateLayout({}, {}, None)),
+            "optimizer.state: reset": replace(self, state_spec=StateSpec({}, {}, None)),
             "memory.moments: bf16": self._at(replace(self.passes.precision, moments=torch.bfloat16)),
             "memory.weights: bf16": self._at(replace(self.passes.precision, weights=torch.bfloat16)),
             "memory.master: file": replace(self, mapped=True),
@@ -172,7 +172,7 @@ class Predictor:
     def _training(self, sizes: Sizes, host: dict[str, int], held: dict[str, int]) -> list[Phase]:
         step = self.passes.training(sizes.plan)
         cost = self._optimizer
-        own = 0 if self.layout.moments else int(cost.state * sizes.gradients)  # that is not carried
+        own = 0 if self.state_spec.moments else int(cost.state * sizes.gradients)  # that is not carried
         held = held | _if_any({"optimizer's own state": own})
         scratch = int(cost.one * sizes.widest + cost.together * sizes.gradients)
         in_heap = sizes.gradients_below(memory.HEAP_BLOCK)
@@ -221,7 +221,7 @@ class Predictor:
 
     @cached_property
     def _master(self) -> dict[str, int]:
-        return master_bytes(self.passes.model, self.layout, self.passes.precision)
+        return master_bytes(self.passes.model, self.state_spec, self.passes.precision)
 
     @property
     def _in_memory(self) -> dict[str, int]:

@@ -7,11 +7,11 @@ from torch import nn
 
 from offload_trainer.device.elements import PATCH
 from offload_trainer.device.swap import ARRIVING
-from offload_trainer.device.transfer import LINK_CHUNK, Layout, layouts, limited
+from offload_trainer.device.transfer import LINK_CHUNK, SlabLayout, limited, slab_layouts
 from offload_trainer.groups.plan import Plan
 from offload_trainer.groups.slicing import named_tensors
 from offload_trainer.master.master import Entries, stored_moments, stored_weights
-from offload_trainer.master.moments import StateLayout
+from offload_trainer.master.moments import StateSpec
 from offload_trainer.master.precision import Precision
 from offload_trainer.master.slab import by_dtype, slab_bytes
 
@@ -20,7 +20,7 @@ class Sizes:
     """Of the subnet of a plan: what it holds, and what moving it takes. sampled: tensors that some plan slices."""
 
     def __init__(
-        self, model: nn.Module, layout: StateLayout, precision: Precision, plan: Plan, sampled: frozenset[str]
+        self, model: nn.Module, state_spec: StateSpec, precision: Precision, plan: Plan, sampled: frozenset[str]
     ):
         self.plan, self._sampled = plan, sampled
         tensors, parameters = named_tensors(model), dict(model.named_parameters())
@@ -30,10 +30,14 @@ class Sizes:
         # Frozen parameters have neither gradients nor moments.
         trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
         self._trained: Entries = {name: entry for name, entry in self._computed.items() if name in trained}
-        self._moments: dict[str, Entries] = {name: layout.entries(name, self._trained) for name in layout.moments}
-        kinds = [(self._computed, self._stored)]
-        kinds += [(entries, stored_moments(entries, precision)) for entries in self._moments.values()]
-        self._kinds = [layouts(own, {name: dtype for name, (dtype, _) in stored.items()}) for own, stored in kinds]
+        self._moments: dict[str, Entries] = {
+            name: state_spec.entries(name, self._trained) for name in state_spec.moments
+        }
+        layouts = [(self._computed, self._stored)]
+        layouts += [(entries, stored_moments(entries, precision)) for entries in self._moments.values()]
+        self._layouts = [
+            slab_layouts(own, {name: dtype for name, (dtype, _) in stored.items()}) for own, stored in layouts
+        ]
 
     @property
     def weights(self) -> int:
@@ -66,11 +70,11 @@ class Sizes:
         reference: a second subnet is gathered. ahead: it is the one that is trained next, gathered once for both uses,
         and only of tensors that some plan slices.
         """
-        weights, *moments = self._kinds
+        weights, *moments = self._layouts
         written = _stored_bytes(weights), sum(map(_stored_bytes, moments))
         gathered = written
         if ahead:
-            weights, *moments = [limited(kind, self._sampled) for kind in self._kinds]
+            weights, *moments = [limited(kind, self._sampled) for kind in self._layouts]
             gathered = _stored_bytes(weights), sum(map(_stored_bytes, moments))
         both = {
             "gathered weights": gathered[0],
@@ -85,11 +89,11 @@ class Sizes:
         """Of one process. Where nothing overlaps, one buffer for all slabs of one layout, since the moments share
         theirs, and on the host none but where types differ."""
         if overlap:
-            waiting = [limited(kind, self._sampled) for kind in self._kinds] if ahead else []
-            return sum(map(_stored_bytes, [*self._kinds, *waiting]))
+            waiting = [limited(kind, self._sampled) for kind in self._layouts] if ahead else []
+            return sum(map(_stored_bytes, [*self._layouts, *waiting]))
         held = {
             (stored, tuple(shapes)): slab_bytes(shapes, stored)
-            for dtype, stored, shapes in chain(*self._kinds)
+            for dtype, stored, shapes in chain(*self._layouts)
             if not on_host or dtype != stored
         }
         return sum(held.values())
@@ -99,7 +103,7 @@ class Sizes:
         differ; and on a device scratch of the copies of what one shares with the subnet."""
         coming = [
             shape.numel() * dtype.itemsize
-            for dtype, stored, shapes in limited(chain(*self._kinds), self._sampled)
+            for dtype, stored, shapes in limited(chain(*self._layouts), self._sampled)
             for shape in shapes.values()
             if not on_host or dtype != stored
         ]
@@ -122,13 +126,13 @@ class Sizes:
         """Scratch on the device while values become those of a narrower master, piece by piece."""
         narrower = [
             sum(shape.numel() for shape in shapes.values())
-            for dtype, stored, shapes in chain(*self._kinds)
+            for dtype, stored, shapes in chain(*self._layouts)
             if dtype != stored
         ]
         return 20 * min(LINK_CHUNK, max(narrower, default=0))
 
 
-def _stored_bytes(kind: Iterable[Layout]) -> int:
+def _stored_bytes(kind: Iterable[SlabLayout]) -> int:
     return sum(slab_bytes(shapes, stored) for _, stored, shapes in kind)
 
 

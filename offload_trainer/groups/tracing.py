@@ -41,8 +41,7 @@ def find_groups(
     inputs = map_inputs(lambda x: fake(x.shape, x.dtype, mode), example_inputs)
     failures: list[UserError] = []
     with forgetful(model):
-        # The size of a constant is taken for that of an axis it meets; where that does not work, for a number in the
-        # code.
+        # First a constant's size is believed to come from the axis that it meets; then, to be fixed in the code.
         for open_constants, drop in ((True, False), (False, False), (True, True))[: 3 if pin_unknown else 2]:
             try:
                 return _found(

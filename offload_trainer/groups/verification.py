@@ -39,7 +39,7 @@ def verify_groups(
     plans: int = 3,
     seed: int = 0,
     tolerance: float = 2e-4,
-    stand_in_above: int = 2**28,
+    narrow_above: int = 2**28,
 ) -> float:
     """Raise `UserError`, naming the first module whose output differs, unless sliced equals gated on random plans.
 
@@ -48,8 +48,8 @@ def verify_groups(
     a group on which the outputs do not depend by more than it is an error as well: it would pass for anything.
     Returns the largest relative difference seen.
 
-    A model of more than `stand_in_above` elements is not copied. In its place stands, for every plan another, the same
-    model with 32 units of each group drawn at random (fewer, if that has more than a quarter of `stand_in_above`): all
+    A model of more than `narrow_above` elements is not copied. In its place stands, for every plan another, the same
+    model with 32 units of each group drawn at random (fewer, if that has more than a quarter of `narrow_above`): all
     its modules, layers and unsliced axes, sliced as a subnet is. What is proved is that this narrow model is sliced
     rightly by the same groups and width rules. A slot with a wrong axis, block or offset does not fit the narrow model
     either, or is as wrong in it, and so is a width without a rule. What could pass is what is wrong at the full width
@@ -59,12 +59,12 @@ def verify_groups(
     generator = torch.Generator().manual_seed(seed)
     inputs = map_inputs(_float_copy, example_inputs)
     unseen = {group.name: group for group in groups}
-    wide = sum(shape.numel() for shape in groups.shapes.values()) > stand_in_above
+    wide = sum(shape.numel() for shape in groups.shapes.values()) > narrow_above
     subject = None if wide else _Subject(model, groups)
     worst = 0.0
 
     def drawn() -> _Subject:
-        made = subject or _Subject(*_stand_in(model, groups, stand_in_above // 4, generator), _FAILURE)
+        made = subject or _Subject(*_narrow_model(model, groups, narrow_above // 4, generator), _FAILURE)
         made.randomise(generator)
         return made
 
@@ -110,7 +110,7 @@ class _Subject:
         return with_tensors(self.model, named_tensors(self.model))
 
     def trains_alike(self, inputs: Inputs) -> bool:
-        """In training mode from now on, but for what draws or gathers numbers there. Whether nothing else does."""
+        """Puts it into training mode, but for dropout and BatchNorm. Whether two forwards are the same even so."""
         for module in self.model.train().modules():
             if isinstance(module, (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)):
                 module.eval()
@@ -143,7 +143,9 @@ _STAND_IN_UNITS = (32, 16, 8, 4, 2)
 """Units of each group of a stand-in. Norms over few of them amplify rounding errors, a lot in a deep network."""
 
 
-def _stand_in(model: nn.Module, groups: Groups, elements: int, generator: torch.Generator) -> tuple[nn.Module, Groups]:
+def _narrow_model(
+    model: nn.Module, groups: Groups, elements: int, generator: torch.Generator
+) -> tuple[nn.Module, Groups]:
     """The widest of the narrow models that has at most so many elements; the narrowest, if all have more."""
     for units in _STAND_IN_UNITS:
         narrow, its_groups = narrowed(model, groups, units, generator)

@@ -2,7 +2,7 @@
 
 from offload_trainer.master.checkpoint import Checkpoint, CheckpointStore, find_checkpoint, set_aside, whole_folder
 from offload_trainer.master.master import Master
-from offload_trainer.master.moments import StateLayout, probe_optimizer, trained_dtype
+from offload_trainer.master.moments import StateSpec, probe_optimizer, trained_dtype
 from offload_trainer.master.precision import FP32, Precision
 from offload_trainer.master.slab import Slab
 
@@ -13,7 +13,7 @@ __all__ = [
     "Master",
     "Precision",
     "Slab",
-    "StateLayout",
+    "StateSpec",
     "find_checkpoint",
     "probe_optimizer",
     "set_aside",

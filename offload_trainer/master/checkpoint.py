@@ -18,7 +18,7 @@ from offload_trainer.errors import UserError
 from offload_trainer.files.format import DTYPES, readable
 from offload_trainer.files.reading import read_header
 from offload_trainer.files.writing import dtype_name, file_bytes, file_crc, write_safetensors
-from offload_trainer.master.interrupts import undivided
+from offload_trainer.master.interrupts import defer_interrupts
 
 META = "checkpoint.json"
 FORMAT = 5
@@ -201,7 +201,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         _remove(writing)  # of a run that was killed while writing
         writing.mkdir(parents=True)
         yield writing
-        with undivided():
+        with defer_interrupts():
             _remove(old)
             if place.exists():
                 os.replace(place, old)

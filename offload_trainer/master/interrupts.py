@@ -7,7 +7,7 @@ from typing import Any
 
 
 @contextmanager
-def undivided():
+def defer_interrupts():
     """Hold an interrupt (Ctrl-C, SIGTERM where it raises) back until the block is done."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread is interrupted

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from offload_trainer.errors import UserError
 from offload_trainer.groups.plan import Groups, Plan
 from offload_trainer.groups.slicing import named_tensors, slice_module
-from offload_trainer.master.moments import StateLayout
+from offload_trainer.master.moments import StateSpec
 from offload_trainer.master.precision import FP32, Precision
 from offload_trainer.master.slab import Slab, by_dtype, slab_bytes
 
@@ -34,7 +34,7 @@ class Master:
     def __init__(
         self,
         model: nn.Module,
-        layout: StateLayout,
+        state_spec: StateSpec,
         *,
         materialise: Callable[[nn.Module], None] | None = None,
         pin: bool = False,
@@ -69,11 +69,11 @@ class Master:
         self.trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         self.moments: dict[str, Mapping[str, Tensor]] = {}
         trained = {name: (self.computes[name], t.shape) for name, t in self.tensors.items() if name in self.trainable}
-        for moment in layout.moments:
+        for moment in state_spec.moments:
             views: dict[str, Tensor] = {}
-            for dtype, shapes in by_dtype(stored_moments(layout.entries(moment, trained), precision)).items():
+            for dtype, shapes in by_dtype(stored_moments(state_spec.entries(moment, trained), precision)).items():
                 slab = Slab(shapes, dtype, pin=pin, folder=folder)
-                start = layout.starts.get(moment, 0.0)
+                start = state_spec.starts.get(moment, 0.0)
                 if folder is None or start:
                     slab.flat.fill_(start)  # all of it now, not bit by bit while training
                 self._slabs.append(slab)
@@ -97,11 +97,11 @@ class Master:
             slab.close()
 
 
-def master_bytes(model: nn.Module, layout: StateLayout, precision: Precision = FP32) -> dict[str, int]:
+def master_bytes(model: nn.Module, state_spec: StateSpec, precision: Precision = FP32) -> dict[str, int]:
     """Bytes of the slabs a master of this model would hold: weights and buffers, then each moment."""
     trained = {name: (p.dtype, p.shape) for name, p in model.named_parameters() if p.requires_grad}
     tables = {"weights": stored_weights(named_tensors(model), precision)}
-    tables |= {moment: stored_moments(layout.entries(moment, trained), precision) for moment in layout.moments}
+    tables |= {moment: stored_moments(state_spec.entries(moment, trained), precision) for moment in state_spec.moments}
     return {kind: sum(slab_bytes(shapes, dtype) for dtype, shapes in by_dtype(t).items()) for kind, t in tables.items()}
 
 

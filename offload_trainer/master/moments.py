@@ -27,7 +27,7 @@ _ADAM_BETA = {"exp_avg": 0, "exp_avg_sq": 1, "max_exp_avg_sq": 1}
 
 
 @dataclass(frozen=True)
-class StateLayout:
+class StateSpec:
     """What an optimizer keeps: moments (of the parameter's shape) by name, and scalars with where they live."""
 
     moments: Mapping[str, torch.dtype | None]
@@ -78,7 +78,7 @@ def trained_dtype(model: nn.Module) -> torch.dtype:
 
 def probe_optimizer(
     factory: OptimizerFactory, dtype: torch.dtype, device: torch.device, *, carry: bool = True
-) -> StateLayout:
+) -> StateSpec:
     """Learn an optimizer's state from one step on a (6, 10) parameter whose gradient is zero; without `carry` only that
     it can take one.
 
@@ -90,7 +90,7 @@ def probe_optimizer(
         optimizer = factory([parameter])
     except Exception as error:
         if not carry:  # it may want the model's own parameters, as many as they are
-            return StateLayout({}, {}, None)
+            return StateSpec({}, {}, None)
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"optimizer(params) must take any list of parameters; of a list of one it raised {type(error).__name__}: "
@@ -105,7 +105,7 @@ def probe_optimizer(
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{type(optimizer).__name__} cannot take a step on a parameter of {dtype}: {why}") from error
     if not carry:
-        return StateLayout({}, {}, None)
+        return StateSpec({}, {}, None)
     moments: dict[str, torch.dtype | None] = {}
     scalars: dict[str, Any] = {}
     starts: dict[str, float] = {}
@@ -127,24 +127,24 @@ def probe_optimizer(
                 f"{type(optimizer).__name__} keeps {name!r} as {what}, not of the parameter's shape: "
                 "it cannot be carried between rounds, use optimizer.state: reset"
             )
-    layout = StateLayout(moments, scalars, optimizer.param_groups[0].get("betas"), starts)
-    if layout.corrected and scalars.keys() != {"step"}:
+    state_spec = StateSpec(moments, scalars, optimizer.param_groups[0].get("betas"), starts)
+    if state_spec.corrected and scalars.keys() != {"step"}:
         others = ", ".join(scalars.keys() - {"step"})
         raise UserError(
             f"{type(optimizer).__name__} corrects its moments by {others} as well, which differs between entries of "
             "different age: it cannot be carried between rounds, use optimizer.state: reset"
         )
-    return layout
+    return state_spec
 
 
-def set_scalars(states: Iterable[tuple[dict[str, Any], Mapping[str, float]]], layout: StateLayout) -> None:
+def set_scalars(states: Iterable[tuple[dict[str, Any], Mapping[str, float]]], state_spec: StateSpec) -> None:
     """Give each parameter's optimizer state its numbers, of the type and on the device the optimizer wants them."""
     alike: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for state, values in states:
-        for name in layout.scalars:
+        for name in state_spec.scalars:
             alike.setdefault((name, values[name]), []).append(state)
     for (name, value), those in alike.items():
-        example = layout.scalars[name]
+        example = state_spec.scalars[name]
         if isinstance(example, Tensor):  # of one tensor: a device has one kernel to launch, not one for each
             numbers = example.new_full((len(those),), value).unbind()
         else:
@@ -154,7 +154,7 @@ def set_scalars(states: Iterable[tuple[dict[str, Any], Mapping[str, float]]], la
 
 
 def read_scalars(
-    states: Iterable[tuple[str, Mapping[str, Any]]], layout: StateLayout, steps: Mapping[str, float]
+    states: Iterable[tuple[str, Mapping[str, Any]]], state_spec: StateSpec, steps: Mapping[str, float]
 ) -> dict[str, dict[str, float]]:
     """The numbers of every parameter's state, by its name. steps: of those that Adam and its kin count on a device; for
     any other number there the host waits."""
@@ -162,11 +162,11 @@ def read_scalars(
     there: list[tuple[str, str, Tensor]] = []
     for name, state in states:
         numbers[name] = {}
-        for key in layout.scalars:
+        for key in state_spec.scalars:
             value = state[key]
             if not isinstance(value, Tensor) or value.device.type == "cpu":
                 numbers[name][key] = float(value)
-            elif key == "step" and layout.corrected:
+            elif key == "step" and state_spec.corrected:
                 numbers[name][key] = steps[name]
             else:
                 there.append((name, key, value))

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from offload_trainer.structure.budgets import ScheduleName, require
 
 Estimator = Literal["rloo", "vr_pge", "disarm", "credit", "magnitude"]
-SCORES = ("credit", "magnitude")
+PAIRLESS = ("credit", "magnitude")
 """Estimators that score units and compare no subnetworks."""
 Control = Literal["none", "linear"]
 Sampler = Literal["fixed", "bernoulli"]
@@ -45,9 +45,9 @@ def require_arguments(
     require(paired_batches >= 1, "paired_batches", paired_batches, "be at least 1")
     require(0 < explore < 1, "explore", explore, "be in (0, 1)")
     rule = f"be per_group with estimator {estimator}: what it says of different groups does not compare"
-    require(budget == "per_group" or estimator not in SCORES, "budget", budget, rule)
+    require(budget == "per_group" or estimator not in PAIRLESS, "budget", budget, rule)
     rule = f"be none with estimator {estimator}, which has no pairs"
-    require(control == "none" or estimator not in SCORES, "control", control, rule)
+    require(control == "none" or estimator not in PAIRLESS, "control", control, rule)
     require(min_units >= 1, "min_units", min_units, "be at least 1")
     if width_steps and max(width_steps.values()) > 1:
         rule = "be 1 unless sampler is fixed, budget per_group"

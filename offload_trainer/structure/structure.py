@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from offload_trainer.errors import UserError
-from offload_trainer.structure.arguments import SCORES, Budget, Control, Estimator, Sampler, require_arguments
+from offload_trainer.structure.arguments import PAIRLESS, Budget, Control, Estimator, Sampler, require_arguments
 from offload_trainer.structure.budgets import GroupLike, ScheduleName, group_budgets, require
 from offload_trainer.structure.coverage import Coverage, portrait
 from offload_trainer.structure.credit import Credit
 from offload_trainer.structure.descent import Descent
-from offload_trainer.structure.drawn import AHEAD, Drawn
 from offload_trainer.structure.effects import Effects
 from offload_trainer.structure.estimators import ESTIMATORS, controlled, rloo
-from offload_trainer.structure.pool import Kept, Pool
+from offload_trainer.structure.mask_queue import AHEAD, MaskQueue
+from offload_trainer.structure.sampled_units import Kept, SampledUnits
 from offload_trainer.structure.starts import polarised
 
 
@@ -95,23 +95,23 @@ class Structure:
             min_units=min_units,
             width_steps=width_steps or {},
         )
-        self._pool = Pool(budgets, sampler, budget)
-        self.names, self.step = self._pool.names, 0
+        self._sampled = SampledUnits(budgets, sampler, budget)
+        self.names, self.step = self._sampled.names, 0
         self.estimator, self.control, self.sampler, self.budget = estimator, control, sampler, budget
         self.alpha, self.min_units, self.paired_batches = alpha, min_units, paired_batches
         self._explore, self._explore_steps = explore, explore_steps
         self._generator = torch.Generator("cpu").manual_seed(seed)
 
-        self._flat = torch.empty(units := self._pool.units, dtype=torch.float32, device="cpu")
-        self.s = self._pool.by_name(self._flat)
+        self._flat = torch.empty(units := self._sampled.units, dtype=torch.float32, device="cpu")
+        self.s = self._sampled.by_name(self._flat)
         for name, s in self.s.items():
-            s.fill_(self._pool.allowance(name, 0) / s.numel())
+            s.fill_(self._sampled.allowance(name, 0) / s.numel())
         self._scores = torch.zeros_like(self._flat)
         self._outside = 0.0  # the share of a subnet's units outside the best by scores; 0: there are no scores
-        self._drawn, self.coverage = Drawn(units, self._pool.kept), Coverage(units)
+        self._masks, self.coverage = MaskQueue(units, self._sampled.kept), Coverage(units)
         self._credit, self._effects = Credit(units), Effects(units, remembers=control == "linear")
         self._descent = Descent(self._flat, lr)
-        self._parts = {"adam": self._descent, "drawn": self._drawn, "coverage": self.coverage}
+        self._parts = {"adam": self._descent, "drawn": self._masks, "coverage": self.coverage}
         self._parts |= {"credit": self._credit, "effects": self._effects}
 
     @property
@@ -127,12 +127,12 @@ class Structure:
     @property
     def constant_widths(self) -> bool:
         """Whether every draw, from this step on, keeps the same number of units of each group."""
-        return self._pool.constant_widths(self.step)
+        return self._sampled.constant_widths(self.step)
 
     @property
     def compares(self) -> bool:
         """Whether s is learned from the losses of two subnetworks."""
-        return self.estimator not in SCORES
+        return self.estimator not in PAIRLESS
 
     @property
     def credited(self) -> tuple[str, ...]:
@@ -144,9 +144,9 @@ class Structure:
 
         After `start_from`, from the scores anew: a projection would leave all units alike that were nearly certain.
         """
-        before = list(self._pool.parts(self.step))
+        before = list(self._sampled.parts(self.step))
         self.step = step
-        if list(self._pool.parts(step)) != before:
+        if list(self._sampled.parts(step)) != before:
             self._fit()
 
     def start_from(self, scores: Mapping[str, Tensor], explore: float) -> None:
@@ -166,12 +166,12 @@ class Structure:
 
     def pair(self) -> tuple[Kept, ...]:
         """Draws m and m′ from s, independently, and remembers both for `update`."""
-        self._drawn.clear()
+        self._masks.clear()
         return tuple(self._fill(2))
 
     def follow(self) -> tuple[Kept, ...]:
         """m and m′, which is the next round's m. They were drawn in earlier rounds, as far as there were any."""
-        self._drawn.step()
+        self._masks.step()
         return tuple(self._fill(2))
 
     def look_ahead(self) -> Kept:
@@ -201,45 +201,45 @@ class Structure:
         if not self.compares and bool(self._credit.seen.any()):
             left = 1 - self.step / self._explore_steps if self._explore_steps else 1.0
             self._outside = self._explore * max(1e-6, left)
-            self._scores = self._credit.scores(self._pool.sizes, self._outside)
+            self._scores = self._credit.scores(self._sampled.sizes, self._outside)
             self._fit()
 
     def _descend(self, d: float) -> None:
         """One step of Adam down the gradient that the last pair estimates."""
-        if len(self._drawn) < 2:
+        if len(self._masks) < 2:
             raise RuntimeError("update() needs the masks of a pair(): draw one first")
-        first, second, *_ = self._drawn
+        first, second, *_ = self._masks
         s, m, s2, m2 = first.s, first.mask, second.s, second.mask
         estimate = ESTIMATORS[self.estimator]
         if self.estimator == "disarm" and not second.twin:
             estimate = rloo  # the second of twins and the first of the next two: drawn independently
         if self.control == "linear":
-            effects = self._effects.expected(self._credit.known(self._pool.sizes))
-            c = self._pool.centred(self._effects.trust() * effects, s, twins=second.twin)
+            effects = self._effects.expected(self._credit.known(self._sampled.sizes))
+            c = self._sampled.centred(self._effects.trust() * effects, s, antithetic=second.twin)
             self._descent.step(controlled(estimate, s, m, s2, m2, d, self.alpha, c))
             self._effects.compare(m, m2, d, effects)
         else:
             self._descent.step(estimate(s, m, s2, m2, d, self.alpha))
-        self._pool.project(self._flat, self.step)
+        self._sampled.project(self._flat, self.step)
 
     def _see(self, kept: Mapping[str, Tensor], credit: Mapping[str, Tensor]) -> None:
         features = torch.cat([credit[name].float() for name in self.names], 1)
         if not bool(features.isfinite().all()):
             raise UserError("the credit of a unit, from the gradients of a round, must be finite")
-        self._credit.see(self._pool.mask(kept), features)
+        self._credit.see(self._sampled.mask(kept), features)
 
     def trained(self, kept: Mapping[str, Tensor], steps: int, now: int) -> None:
         """The kept units, by group, have been trained for `steps` more, until step `now` of the run."""
-        self.coverage.add(self._pool.mask(kept), steps, now)
+        self.coverage.add(self._sampled.mask(kept), steps, now)
 
     def portrait(self, now: int) -> dict[str, dict[str, Any]]:
         """Name of each sampled group → s and coverage of its units at step `now`, for a log (coverage.py)."""
-        steps, last = self._pool.by_name(self.coverage.steps), self._pool.by_name(self.coverage.last)
+        steps, last = self._sampled.by_name(self.coverage.steps), self._sampled.by_name(self.coverage.last)
         return {name: portrait(s, steps[name], last[name], now) for name, s in self.s.items()}
 
     def draw(self) -> Kept:
         """One more sample. It replaces none that is remembered, but moves the generator on."""
-        return self._pool.kept(self._pool.draw(self._flat, self.step, self._generator))
+        return self._sampled.kept(self._sampled.draw(self._flat, self.step, self._generator))
 
     def top(self) -> Kept:
         """The units of largest s, as many as the keep ratios of this step allow.
@@ -247,7 +247,7 @@ class Structure:
         per_group: the width of each group. global: round(sum of keep * units) of all, but `min_units` of each group at
         least. How equal s are ranked: ranking.py.
         """
-        return self._pool.top(self._flat, self.step)
+        return self._sampled.top(self._flat, self.step)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of all that changes, as plain tensors: `load_state_dict` continues from them bit for bit."""
@@ -257,7 +257,7 @@ class Structure:
             "scores": self._scores.clone(),
             "outside": torch.tensor(self._outside, dtype=torch.float64, device="cpu"),
             "step": torch.tensor(self.step, device="cpu"),
-            "units": torch.tensor(self._pool.sizes, dtype=torch.long, device="cpu"),  # of each group
+            "units": torch.tensor(self._sampled.sizes, dtype=torch.long, device="cpu"),  # of each group
             "generator": self._generator.get_state(),  # uint8
         }
 
@@ -280,17 +280,17 @@ class Structure:
 
     def _fit(self) -> None:
         """s from the scores, if there are any, and in any case within the budget."""
-        for units, budget in self._pool.parts(self.step) if self._outside else ():
+        for units, budget in self._sampled.parts(self.step) if self._outside else ():
             self._flat[units] = polarised(self._scores[units], budget, self._outside)
-        self._pool.project(self._flat, self.step)
+        self._sampled.project(self._flat, self.step)
 
     def _fill(self, count: int) -> list[Kept]:
         """Draws until so many masks are remembered."""
-        while len(self._drawn) < count:
+        while len(self._masks) < count:
             if self.estimator == "disarm":
-                one, other = self._pool.twins(self._flat, self.step, self._generator)
-                self._drawn.push(one, self._flat)
-                self._drawn.push(other, self._flat, twin=True)
+                one, other = self._sampled.antithetic_pair(self._flat, self.step, self._generator)
+                self._masks.push(one, self._flat)
+                self._masks.push(other, self._flat, twin=True)
             else:
-                self._drawn.push(self._pool.draw(self._flat, self.step, self._generator), self._flat)
-        return [draw.kept for draw in self._drawn][:count]
+                self._masks.push(self._sampled.draw(self._flat, self.step, self._generator), self._flat)
+        return [draw.kept for draw in self._masks][:count]

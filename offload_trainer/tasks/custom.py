@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from offload_trainer.batches import batch_rows, loose, shard
+from offload_trainer.batches import batch_rows, shallow_copy, shard
 from offload_trainer.errors import UserError
 from offload_trainer.randomness import RandomState
 from offload_trainer.tasks.hf_config import save_config, why_no_config
@@ -167,7 +167,7 @@ def _call(name: str, arguments: dict[str, Any]) -> Any:
 
 def _checked_loss(loss: Callable[[nn.Module, Any], Any], who: str) -> Callable[[nn.Module, Any], Tensor]:
     def loss_fn(module: nn.Module, batch: Any) -> Tensor:
-        return _scalar(loss(module, loose(batch)), f"{who}: loss")
+        return _scalar(loss(module, shallow_copy(batch)), f"{who}: loss")
 
     return loss_fn
 
@@ -180,11 +180,11 @@ def _metrics(
     name = given if given.isidentifier() else "metric"  # a lambda's is not one
 
     def metrics_fn(module: nn.Module, batch: Any) -> dict[str, Tensor]:
-        found = {} if metric is None else metric(module, loose(batch))
+        found = {} if metric is None else metric(module, shallow_copy(batch))
         found = found if isinstance(found, Mapping) else {name: found}
         values = {str(key): _scalar(value, f"{who}: metric {key}") for key, value in found.items()}
         if "loss" not in values:
-            values = {"loss": _scalar(loss(module, loose(batch)), f"{who}: loss"), **values}
+            values = {"loss": _scalar(loss(module, shallow_copy(batch)), f"{who}: loss"), **values}
         return values
 
     return metrics_fn

@@ -11,7 +11,7 @@ from benchmarks.records import Record, Setting
 from benchmarks.timing import take_turns, times_faster
 from benchmarks.workloads import llama
 from offload_trainer.files.writing import write_shards
-from offload_trainer.master import Master, StateLayout
+from offload_trainer.master import Master, StateSpec
 from offload_trainer.tasks.stored import stored_tensors
 from offload_trainer.tasks.weights import Weights
 
@@ -34,7 +34,7 @@ def compare(setting: Setting, folder: Path, stored: torch.dtype, held: torch.dty
     workload = llama(**(quick if setting.quick else large), batch=1, sequence=16)
     with torch.device("meta"):
         model = workload.build().to(held)
-    master = Master(model, StateLayout({}, {}, None), materialise=fill, pin=setting.device.type == "cuda")
+    master = Master(model, StateSpec({}, {}, None), materialise=fill, pin=setting.device.type == "cuda")
     try:
         values = {name: tensor.to(stored) for name, tensor in model.state_dict().items()}
         size = sum(tensor.nbytes for tensor in values.values())

@@ -18,7 +18,7 @@ from offload_trainer.device.native import load_kernels
 from offload_trainer.device.subnet import Subnet
 from offload_trainer.device.transfer import Transfer
 from offload_trainer.groups import Groups, random_plan
-from offload_trainer.master import Master, Slab, StateLayout
+from offload_trainer.master import Master, Slab, StateSpec
 from offload_trainer.master.precision import FP32
 
 KEEP = (0.5, 0.25)  # of every group, so of every axis
@@ -40,7 +40,7 @@ def measure(setting: Setting) -> Iterator[Record]:
     with torch.device("meta"):
         model = workload(setting.size).build()
     groups = workload(setting.size).groups(model)
-    master = Master(model, StateLayout({}, {}, None), materialise=fill, pin=setting.device.type == "cuda")
+    master = Master(model, StateSpec({}, {}, None), materialise=fill, pin=setting.device.type == "cuda")
     try:
         for keep in KEEP:
             yield from compare(setting, master, groups, keep)
@@ -73,10 +73,10 @@ def compare(setting: Setting, master: Master, groups: Groups, keep: float) -> It
 
     def gather(transfer: Transfer) -> None:
         subnet.plan = plans.pop()
-        transfer.fetch(master.tensors, subnet.kinds, subnet.slabs, subnet.plan, "weights")
+        transfer.fetch(master.tensors, subnet.layouts, subnet.slabs, subnet.plan, "weights")
 
     def write_back(transfer: Transfer) -> None:
-        staged = transfer.staging(subnet.kinds, subnet.slabs, "weights")
+        staged = transfer.staging(subnet.layouts, subnet.slabs, "weights")
         parts = transfer.unload(subnet.slabs, staged, FP32.rounding(0, "weights")).parts
         transfer.merge(parts, master.tensors, subnet.plan, delta=True)
 

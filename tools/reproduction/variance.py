@@ -23,7 +23,7 @@ from benchmarks.storage import MODEL
 from torch import Tensor, nn
 
 from offload_trainer.config import Config, parse
-from offload_trainer.device.crediting import Crediting
+from offload_trainer.device.credit_sums import CreditSums
 from offload_trainer.groups import Groups, Plan, find_groups
 from offload_trainer.groups.slicing import slice_module
 from offload_trainer.making import make_structure
@@ -33,7 +33,7 @@ from offload_trainer.structure.budgets import GroupBudget
 from offload_trainer.structure.credit import Credit
 from offload_trainer.structure.effects import Effects
 from offload_trainer.structure.estimators import ESTIMATORS, controlled
-from offload_trainer.structure.pool import Pool
+from offload_trainer.structure.sampled_units import Pool
 from offload_trainer.structure.schedules import constant
 from offload_trainer.tasks import Task, build_task
 from reproduction.pictures import new_figure, save
@@ -137,7 +137,7 @@ class Trial:
     ):
         self._device, self._task, self._model, self._groups = setting.device, task, model, groups
         self._batches_from = batches_from  # those before were of the run's steps
-        self._crediting = Crediting(model, groups, structure.names)
+        self._credit_sums = CreditSums(model, groups, structure.names)
         self._s = {name: s.clone() for name, s in structure.s.items()}
         self._widths = {name: max(1, round(float(s.double().sum()))) for name, s in self._s.items()}
         budgets = {n: GroupBudget(len(s), constant(self._widths[n] / len(s)), 1) for n, s in self._s.items()}
@@ -187,11 +187,11 @@ class Trial:
                 loss = self._task.loss_fn(module, batch)
             if i == 0:
                 loss.backward()
-                self._crediting.add(plan, dict(module.named_parameters()))
+                self._credit_sums.add(plan, dict(module.named_parameters()))
             losses.append(loss.item())
-        means = self._crediting.take()
+        means = self._credit_sums.take()
         assert means is not None
-        said = self._crediting.by_group(means, Plan(self._groups, self._pool.kept(masks[0])))
+        said = self._credit_sums.by_group(means, Plan(self._groups, self._pool.kept(masks[0])))
         return masks, losses[0] - losses[1], torch.cat([said[name].cpu() for name in self._pool.names], 1)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offload_trainer.structure.pool import Kept
+from offload_trainer.structure.sampled_units import Kept
 
 AHEAD = 3
 """Masks that a round knows: the one that is trained, the one it is compared with, the one after that."""
@@ -26,7 +26,7 @@ class Draw:
     """The same as indices: one object for as long as the mask is remembered."""
 
 
-class Drawn:
+class MaskQueue:
     """m, m′ and what follows them. kept: makes indices of a mask."""
 
     def __init__(self, units: int, kept: Callable[[Tensor], Kept]):

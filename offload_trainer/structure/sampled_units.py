@@ -14,7 +14,7 @@ Kept = dict[str, Tensor]
 """Name of each sampled group → its kept units, int64, sorted."""
 
 
-class Pool:
+class SampledUnits:
     """All that is asked of s at an optimizer step, whose keep ratios hold; it changes no s itself.
 
     sampler, budget: see `Structure`.
@@ -59,7 +59,9 @@ class Pool:
         masks = [draw(s, self._count(name, s, step), generator) for name, s in self.by_name(flat).items()]
         return torch.cat(masks) if masks else torch.zeros(0, dtype=torch.bool, device="cpu")
 
-    def twins(self, flat: Tensor, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:  # (n,) bool each
+    def antithetic_pair(
+        self, flat: Tensor, step: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:  # (n,) bool each
         """Two masks, each a draw, that differ as much as they can."""
         draw: Callable[..., tuple[Tensor, Tensor]] = fixed_twins if self._sampler == "fixed" else bernoulli_twins
         pairs = [draw(s, self._count(name, s, step), generator) for name, s in self.by_name(flat).items()]
@@ -86,7 +88,7 @@ class Pool:
             part[kept[name]] = True
         return mask
 
-    def centred(self, c: Tensor, s: Tensor, *, twins: bool = False) -> Tensor:  # (n,) all, float32
+    def centred(self, c: Tensor, s: Tensor, *, antithetic: bool = False) -> Tensor:  # (n,) all, float32
         """c, moved by a number for each group so that its weighted mean is 0 there, where a group's width never varies.
 
         Both masks of a pair keep as many units then, so cᵀ(m − m′) stays the same; and a common part of c says nothing
@@ -96,7 +98,7 @@ class Pool:
         if self._sampler != "fixed":
             return c.float()
         c, s = c.double(), s.double()  # sums in float32 would depend on the number of threads
-        variance = torch.minimum(s, 1 - s) if twins else s * (1 - s)
+        variance = torch.minimum(s, 1 - s) if antithetic else s * (1 - s)
         shift = [
             (part * weight).sum() / weight.sum().clamp(min=torch.finfo(c.dtype).tiny)
             for part, weight in zip(c.split(self.sizes), variance.split(self.sizes), strict=True)

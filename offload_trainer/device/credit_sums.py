@@ -13,7 +13,7 @@ LAST = 4
 """Batches of a round, its last, whose gradients tell: what has just come in has been trained by then."""
 
 
-class Crediting:
+class CreditSums:
     """Sums, over the batches of a round, of c and c², where c is the derivative of the loss for a gate on all that
     reads a unit: Σ w·∂L/∂w over the slots that a linear layer or a convolution reads; of a group that none reads, over
     all its slots. (A tied weight counts with what it does elsewhere, too.)

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from offload_trainer import Offloader, UserError
-from offload_trainer.device.crediting import LAST, Crediting
+from offload_trainer.device.credit_sums import LAST, CreditSums
 from offload_trainer.groups import Group, Groups, Plan, Slot, find_groups
 from offload_trainer.groups.readers import find_readers, read_slots
 from offload_trainer.structure import Structure
@@ -54,19 +54,19 @@ def test_credit_is_the_derivative_for_a_gate_on_what_reads_a_unit(case: str) -> 
     groups = find_groups(model, inputs)
     structure = Structure(groups, keep=0.5, control="linear", seed=2)
     readers = find_readers(model, groups)
-    crediting = Crediting(model, groups, structure.names)
+    credit_sums = CreditSums(model, groups, structure.names)
     arguments: dict[str, Any] = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.1), "sync_every": 5}
     with Offloader(model, groups, smooth, structure=structure, accelerator=Accelerator(cpu=True), **arguments) as o:
         o.begin_round()
         plan, subnet = o.plan, o._bench.subnet
         o.subnet.eval()
         smooth(o.subnet, inputs).backward()
-        crediting.add(plan, subnet.parameters)
-        means = crediting.take()
+        credit_sums.add(plan, subnet.parameters)
+        means = credit_sums.take()
         assert means is not None
-        found = crediting.by_group(means, plan)
+        found = credit_sums.by_group(means, plan)
         assert found is not None and list(found) == list(structure.names)
-        assert crediting.take() is None
+        assert credit_sums.take() is None
         for name in structure.names:
             slots = {slot for _, slot in read_slots(readers, groups, name)}
             for unit in range(len(plan[name])):
@@ -97,7 +97,7 @@ def _loss_scaled(module: nn.Module, groups, plan, name: str, slots, unit: int, f
 
 def test_means_over_the_last_batches_of_a_round_reach_the_structure() -> None:
     trainer = offloader(network(), control="linear")
-    own, seen = Crediting(network(), trainer.groups, trainer.structure.names), []
+    own, seen = CreditSums(network(), trainer.groups, trainer.structure.names), []
     with trainer:
         for i, batch in enumerate(data(14)):
             trainer.accelerator.backward(trainer.loss(batch))
@@ -137,9 +137,9 @@ def test_credit_needs_no_second_subnet() -> None:
 def test_every_family_can_be_credited_or_left_alone(name: str) -> None:
     model, _inputs = models.FAMILIES[name]()
     groups = find_groups(model, _inputs)
-    assert Crediting(model, groups, ()).take() is None
-    crediting = Crediting(model, groups, [group.name for group in groups])
-    assert all(slots for slots in crediting._slots.values())
+    assert CreditSums(model, groups, ()).take() is None
+    credit_sums = CreditSums(model, groups, [group.name for group in groups])
+    assert all(slots for slots in credit_sums._slots.values())
 
 
 def test_a_weight_that_is_computed_reads_nothing() -> None:
@@ -155,7 +155,7 @@ def test_groups_that_share_elements_are_refused() -> None:
     model = nn.Module()
     model.w = nn.Parameter(torch.zeros(12, 3))
     with pytest.raises(UserError, match="groups 'heads' and 'features' share elements of w"):
-        Crediting(model, groups, ["heads", "features"])
+        CreditSums(model, groups, ["heads", "features"])
 
 
 def test_a_credit_that_is_not_finite_ends_the_round_before_it_reaches_the_master() -> None:
@@ -165,9 +165,9 @@ def test_a_credit_that_is_not_finite_ends_the_round_before_it_reaches_the_master
         run(trainer, batches[:13])
         before = {name: tensor.clone() for name, tensor in trainer.master.items()}
         trainer.accelerator.backward(trainer.loss(batches[13]))
-        trainer._crediting.add(trainer.plan, {n: p for n, p in trainer._bench.subnet.parameters.items()})
-        assert trainer._crediting._sums is not None
-        trainer._crediting._sums += float("nan")
+        trainer._credit_sums.add(trainer.plan, {n: p for n, p in trainer._bench.subnet.parameters.items()})
+        assert trainer._credit_sums._sums is not None
+        trainer._credit_sums._sums += float("nan")
         trainer.step()
     assert trainer.boundary().numbers["steps"] == 7
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.master.items())
@@ -178,9 +178,9 @@ def test_magnitude_is_the_size_of_what_reads_a_unit() -> None:
         run(trainer, data(6))
         trainer.accelerator.backward(trainer.loss(data(1)[0]))
         plan, linear = trainer.plan, {n: p.detach().clone() for n, p in trainer.subnet.named_parameters()}["10.weight"]
-        trainer._crediting.take()
-        trainer._crediting.add(plan, trainer._bench.subnet.parameters)
-        found = trainer._crediting.by_group(trainer._crediting.take(), plan)
+        trainer._credit_sums.take()
+        trainer._credit_sums.add(plan, trainer._bench.subnet.parameters)
+        found = trainer._credit_sums.by_group(trainer._credit_sums.take(), plan)
         assert found is not None
     torch.testing.assert_close(found["8"][0], linear.square().sum(0))
 
@@ -205,11 +205,11 @@ def test_complex_parameters_count_as_pairs_of_numbers(magnitude: bool) -> None:
     model, x = Complex(), torch.randn(9, 6)
     groups = find_groups(model, (x,))
     (name,) = [group.name for group in groups]
-    crediting, plan = Crediting(model, groups, [name], magnitude=magnitude), Plan.whole(groups)
+    credit_sums, plan = CreditSums(model, groups, [name], magnitude=magnitude), Plan.whole(groups)
     gate = torch.ones(7, requires_grad=True)
     model(x, gate).square().mean().backward()
-    crediting.add(plan, dict(model.named_parameters()))
-    found = crediting.by_group(crediting.take(), plan)
+    credit_sums.add(plan, dict(model.named_parameters()))
+    found = credit_sums.by_group(credit_sums.take(), plan)
     assert found is not None and gate.grad is not None
     if magnitude:
         sizes = [p.detach().abs().square().flatten(1).sum(1) for p in (model.inner.weight, model.v)]
