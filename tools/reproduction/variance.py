@@ -33,7 +33,7 @@ from offload_trainer.structure.budgets import GroupBudget
 from offload_trainer.structure.credit import Credit
 from offload_trainer.structure.effects import Effects
 from offload_trainer.structure.estimators import ESTIMATORS, controlled
-from offload_trainer.structure.sampled_units import Pool
+from offload_trainer.structure.sampled_units import SampledUnits
 from offload_trainer.structure.schedules import constant
 from offload_trainer.tasks import Task, build_task
 from reproduction.pictures import new_figure, save
@@ -141,13 +141,13 @@ class Trial:
         self._s = {name: s.clone() for name, s in structure.s.items()}
         self._widths = {name: max(1, round(float(s.double().sum()))) for name, s in self._s.items()}
         budgets = {n: GroupBudget(len(s), constant(self._widths[n] / len(s)), 1) for n, s in self._s.items()}
-        self._pool = Pool(budgets, "fixed", "per_group")
-        self._judged = Credit(self._pool.units)
+        self._sampled = SampledUnits(budgets, "fixed", "per_group")
+        self._judged = Credit(self._sampled.units)
         """What backward passes said of all units that were drawn so far."""
 
     def variances(self, kind: str, options: argparse.Namespace) -> dict[str, float]:
         """Of each estimator, summed over the units."""
-        s, pool, estimates = self._s_of(kind), self._pool, {name: list[Tensor]() for name in NAMES}
+        s, pool, estimates = self._s_of(kind), self._sampled, {name: list[Tensor]() for name in NAMES}
         generator = torch.Generator().manual_seed(options.seed)
         credits = {twins: Credit(pool.units) for twins in (False, True)}
         effects = {twins: Effects(pool.units) for twins in (False, True)}
@@ -174,14 +174,14 @@ class Trial:
             return torch.cat([*self._s.values()])
         if kind == "flat":
             return torch.cat([torch.full_like(s, self._widths[name] / len(s)) for name, s in self._s.items()])
-        scores = self._pool.by_name(self._judged.scores(self._pool.sizes, EXPLORE))
+        scores = self._sampled.by_name(self._judged.scores(self._sampled.sizes, EXPLORE))
         return torch.cat([polarised(part, self._widths[name], EXPLORE) for name, part in scores.items()])
 
     def _pair(self, masks: list[Tensor], batch: Any) -> tuple[list[Tensor], float, Tensor]:
         """The masks, L(m) - L(m′), and what the backward pass of m says of its units, (2, kept units)."""
         losses: list[float] = []
         for i, mask in enumerate(masks):
-            plan = Plan(self._groups, self._pool.kept(mask))
+            plan = Plan(self._groups, self._sampled.kept(mask))
             module = slice_module(self._model, plan, self._groups).to(self._device).train()
             with torch.set_grad_enabled(i == 0):
                 loss = self._task.loss_fn(module, batch)
@@ -191,8 +191,8 @@ class Trial:
             losses.append(loss.item())
         means = self._credit_sums.take()
         assert means is not None
-        said = self._credit_sums.by_group(means, Plan(self._groups, self._pool.kept(masks[0])))
-        return masks, losses[0] - losses[1], torch.cat([said[name].cpu() for name in self._pool.names], 1)
+        said = self._credit_sums.by_group(means, Plan(self._groups, self._sampled.kept(masks[0])))
+        return masks, losses[0] - losses[1], torch.cat([said[name].cpu() for name in self._sampled.names], 1)
 
 
 def draw(records: list[dict[str, Any]], file: Path) -> None:
