@@ -147,19 +147,19 @@ class Trial:
 
     def variances(self, kind: str, options: argparse.Namespace) -> dict[str, float]:
         """Of each estimator, summed over the units."""
-        s, pool, estimates = self._s_of(kind), self._sampled, {name: list[Tensor]() for name in NAMES}
+        s, units, estimates = self._s_of(kind), self._sampled, {name: list[Tensor]() for name in NAMES}
         generator = torch.Generator().manual_seed(options.seed)
-        credits = {twins: Credit(pool.units) for twins in (False, True)}
-        effects = {twins: Effects(pool.units) for twins in (False, True)}
+        credits = {twins: Credit(units.units) for twins in (False, True)}
+        effects = {twins: Effects(units.units) for twins in (False, True)}
         for i in range(options.burn_in + options.pairs):
             batch = send_to_device(self._task.train[self._batches_from + i], self._device)
-            alone = [pool.draw(s, 0, generator) for _ in range(2)]
-            twins = list(pool.twins(s, 0, generator))
+            alone = [units.draw(s, 0, generator) for _ in range(2)]
+            twins = list(units.antithetic_pair(s, 0, generator))
             pairs = {False: self._pair(alone, batch), True: self._pair(twins, batch)}
             for is_twin, (masks, d, said) in pairs.items():
-                known = effects[is_twin].expected(credits[is_twin].known(pool.sizes))
+                known = effects[is_twin].expected(credits[is_twin].known(units.sizes))
                 if i >= options.burn_in:
-                    c = pool.centred(effects[is_twin].trust() * known, s, twins=is_twin)
+                    c = units.centred(effects[is_twin].trust() * known, s, antithetic=is_twin)
                     for name in ("disarm",) if is_twin else ("vr_pge", "rloo"):
                         estimate = ESTIMATORS[name]
                         estimates[name].append(estimate(s, masks[0], s, masks[1], d, ALPHA))
