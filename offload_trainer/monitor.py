@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from offload_trainer.files.writing import recording, replace_text
+from offload_trainer.wording import duration, worded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,9 +35,11 @@ FACTS: dict[str, tuple[str, str | None]] = {  # shown of a record: key → name 
     "round": ("round", "round "),
     "per_second": ("speed", ""),
     "transfer_share": ("between rounds", "between rounds "),
+    "bytes_moved": ("moved in a round", "moved "),
     "bytes_per_second": ("transfers", None),
     "link_share": ("of the link's speed", None),
-    "overlapped_share": ("hidden behind training", None),
+    "waited_ms": ("waited for", None),
+    "overlapped_share": ("hidden behind training", "hidden "),
     "host_bytes": ("host memory", "host "),
     "device_bytes": ("device memory", "device "),
 }
@@ -137,7 +140,7 @@ class Monitor:
             self.live.stop()
         table, previous = Table.grid(padding=(0, 3)), ""
         leaves = _leaves({key: value for key, value in record.items() if key != "ledger"})
-        rows = [(path, _worded(".".join(path), value)) for path, value in leaves]
+        rows = [(path, worded(".".join(path), value)) for path, value in leaves]
         rows += [(("memory", name), words) for name, words in _memory(record.get("ledger") or {})]
         for path, value in sorted(rows, key=lambda row: len(row[0]) > 1):  # loose ones first
             section, name = (path[0], " ".join(path[1:])) if path[1:] else ("run", path[0])
@@ -157,7 +160,7 @@ class Monitor:
             f"step {step:,} of {self.steps:,}",
             ProgressBar(self.steps, step, complete_style=ACCENT, finished_style=ACCENT),
             f"{step / self.steps:.0%}",
-            f"{_duration(time.monotonic() - self.started)} passed, {self._left()} left",
+            f"{duration(time.monotonic() - self.started)} passed, {self._left()} left",
         )
         facts = Table.grid(padding=(0, 2))
         for (name, _), value in self._facts(self.latest):
@@ -189,7 +192,7 @@ class Monitor:
         for key, names in FACTS.items():
             key = f"{self.unit}_per_second" if key == "per_second" else key
             if key in record:
-                yield names, _worded(key, record[key])
+                yield names, worded(key, record[key])
 
     def remember(self, record: Record) -> None:
         self.latest |= record
@@ -202,7 +205,7 @@ class Monitor:
         step = self.latest["step"]
         if step == self.first_step:
             return "?"
-        return _duration((time.monotonic() - self.started) / (step - self.first_step) * (self.steps - step))
+        return duration((time.monotonic() - self.started) / (step - self.first_step) * (self.steps - step))
 
 
 def _records(path: Path, last_step: int) -> Iterator[Record]:
@@ -247,9 +250,9 @@ def _memory(ledger: Record) -> Iterator[tuple[str, str]]:
     """What was measured of a ledger, in words, beside its prediction where there is one."""
     predicted = ledger.get("predicted", {})
     for key, size in ledger.get("measured", {}).items():
-        words = _worded(key, size)
+        words = worded(key, size)
         if predicted.get(key):
-            words += f", {_worded(key, predicted[key])} predicted (×{size / predicted[key]:.2f})"
+            words += f", {worded(key, predicted[key])} predicted (×{size / predicted[key]:.2f})"
         yield key.removesuffix("_bytes"), words
 
 
@@ -263,38 +266,3 @@ def _chart(shares: Sequence[float | None], rows: int, left: str, middle: str, ri
     lines = ["".join(EIGHTHS[min(8, max(0, bar - 8 * row))] for bar in bars) for row in range(rows)]
     caption = left + middle.center(WIDTH - len(left) - len(right)) + right
     return Text.assemble(("\n".join(reversed(lines)), ACCENT), ("\n" + caption, "dim"))
-
-
-def _worded(key: str, value: Any) -> str:
-    """A value with its unit, which its dotted key tells."""
-    if value is None:
-        return "–"
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return str(value)
-    if key.endswith(("_bytes", "bytes_moved")):
-        return _scaled(value, 1024, [" B", " KiB", " MiB", " GiB", " TiB"])
-    if key.endswith("bytes_per_second"):
-        return _scaled(value, 1000, [" B/s", " kB/s", " MB/s", " GB/s"])
-    if key.endswith("_per_second"):
-        unit = key.rpartition(".")[2].removesuffix("_per_second")
-        return f"{_scaled(value, 1000, ['', 'k', 'M', 'G'])} {unit}/s"
-    if "seconds" in key:
-        return f"{value:,.1f} s"
-    if key.endswith(("_share", "accuracy")):
-        return f"{value:.1%}"
-    if key.endswith("loss"):
-        return f"{value:.4f}"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _scaled(value: float, base: int, names: list[str]) -> str:
-    power = 0
-    while abs(value) >= base and power < len(names) - 1:
-        value, power = value / base, power + 1
-    return f"{value:.{1 if power else 0}f}{names[power]}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"

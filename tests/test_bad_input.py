@@ -364,7 +364,7 @@ def test_a_host_that_is_too_small(
     for option in ("optimizer.state: reset", "memory.moments: bf16", "memory.weights: bf16", "memory.master: file"):
         assert f"{option} saves" in line
     assert not list((tmp_path / "out").iterdir())
-    narrow = {"memory": {"weights": "bf16", "moments": "bf16", "master": "file"}, "optimizer.state": "reset"}
+    narrow = {"memory": {"weights": "bf16", "master": "file"}, "optimizer.state": "reset"}
     line = one_line(capsys, main(["--config", str(config(tmp_path, **custom("wide", width=512), **narrow))]))
     assert line.endswith("available: a smaller structure.keep saves what the device's side holds")
 

@@ -58,6 +58,17 @@ def test_cifar_configs_have_the_papers_hyperparameters(name: str):
     assert config.steps * 256 == pytest.approx(300 * 50_000, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "cifar" in name or "imagenet" in name])
+def test_the_papers_way_is_a_config_away(name: str):
+    words = ["--config", str(CONFIGS / f"{name}.yaml"), "--config", str(CONFIGS / "overlays" / "paper.yaml")]
+    ours, paper = parse(words[:2]), parse(words)
+    structure = paper.structure
+    assert (paper.sync_every, structure.paired_batches, structure.reference) == (1, 1, "fresh")
+    assert (structure.estimator, structure.sampler, structure.budget) == ("vr_pge", "bernoulli", "global")
+    assert (structure.start, structure.settle, structure.lr, structure.samples) == ("uniform", 0, 12e-3, 10)
+    assert (paper.task, paper.optimizer, paper.steps) == (ours.task, ours.optimizer, ours.steps)
+
+
 def test_imagenet_config_has_the_papers_hyperparameters():
     config = parse(["--config", str(CONFIGS / "resnet50_imagenet.yaml")])
     assert isinstance(config.task, ImageClassification)

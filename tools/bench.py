@@ -67,7 +67,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--minutes", type=float, default=0.5, help="to time each contender for (default: 0.5)")
     group.add_argument("--batch", type=int, help="sequences in a step")
     group.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME", help=", ".join(CONTENDERS))
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.command = " ".join(["python tools/bench.py", *(sys.argv[1:] if arguments is None else arguments)])
+    return options
 
 
 def peers_options(options: argparse.Namespace) -> peers.Options:
@@ -87,6 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: the records until here are kept", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -98,6 +103,7 @@ def run(options: argparse.Namespace, setting: Setting) -> list[Record]:
         for name in dict.fromkeys(options.names):
             status.update(name)
             for record in BENCHMARKS[name](setting, options):
+                record.details["command"] = options.command
                 records.append(record)
                 status.update(f"{name}: {record.case} done")
                 if options.json:

@@ -109,11 +109,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             require_the_same(asdict(record), earlier, options.json)
             merge(options.json, [record])
             print(f"{record.case}: {record.value:.4g} {record.unit}, {record.ratio:.3g} × {record.against}", flush=True)
-        here = setting.machine[0]
-        part.draw([r for r in read_records(options.json) if r["device"] == here], options.picture)
+        part.draw(read_records(options.json), options.picture)
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"interrupted: the same command goes on with what {options.out} holds", file=sys.stderr)
+        return 130
     Console().print(table(records))
     return 0
 

@@ -23,6 +23,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json:
             merge(options.json, records)
         if options.picture:
-            draw(results, options.picture, options.clock)
+            draw(read_records(options.json) if options.json else [asdict(one) for one in records], options.picture)
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"interrupted: the same command goes on with what {options.out} holds", file=sys.stderr)
+        return 130
     Console().print(table(records))
     return 0
 
@@ -137,6 +141,7 @@ class Contender:
             "wall_seconds": last["train_seconds"],
             "start_seconds": run.summary["seconds"].get("start", 0.0),
             "points": [*points, (last["step"], last[self.clock], exported["loss"])],
+            "device_bytes": run.device_bytes,
             "settings": run.settings,
         }
 
@@ -185,19 +190,35 @@ def _record(
     )
 
 
-def draw(results: dict[tuple[str, int], dict[str, Any]], file: Path, clock: str) -> None:
-    """Perplexity on held-out text against training time, a line for each run, a colour for each contender."""
-    figure, axes = new_figure()
-    names = list(dict.fromkeys(name for name, _ in results))
-    for (name, _), result in results.items():
-        minutes = [seconds / 60 for _, seconds, _ in result["points"]]
-        perplexity = [math.exp(loss) for _, _, loss in result["points"]]
-        label = f"{name} ({result['parameters'] / 1e6:.0f} M)"
-        axes.plot(minutes, perplexity, color=f"C{names.index(name)}", marker=".", label=label)
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend(handles.values(), handles.keys(), frameon=False)
-    axes.set(xlabel=f"training time, minutes ({clock})", ylabel="perplexity, held-out text", yscale="log")
-    axes.grid(alpha=0.3, which="both")
+def comparison(record: dict[str, Any]) -> str:
+    """The runs that one is compared with: as long as it, on the same held-out text."""
+    steps = record["details"]["steps"]
+    if "other held-out" in record["case"]:
+        return "for as long, other held-out text"
+    return "for as long" if steps > 100 else f"{steps} steps"
+
+
+def contender(record: dict[str, Any]) -> str:
+    return record["case"].partition(", seed")[0]
+
+
+def draw(records: list[dict[str, Any]], file: Path) -> None:
+    """Perplexity on held-out text against training time: a panel for each comparison, a line for each run."""
+    panels = sorted({comparison(record) for record in records})
+    names = list(dict.fromkeys(map(contender, records)))
+    figure, grid = new_figure(1, len(panels), (5.2 * len(panels), 4.2), squeeze=False)
+    for axes, panel in zip(grid[0], panels, strict=True):
+        for record in (one for one in records if comparison(one) == panel):
+            name, details = contender(record), record["details"]
+            minutes = [seconds / 60 for _, seconds, _ in details["points"]]
+            perplexity = [math.exp(loss) for _, _, loss in details["points"]]
+            label = f"{name} ({details['parameters'] / 1e6:.0f} M)"
+            axes.plot(minutes, perplexity, color=f"C{names.index(name)}", marker=".", label=label)
+        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        axes.legend(handles.values(), handles.keys(), frameon=False)
+        axes.set(xlabel="training time, minutes", title=panel, yscale="log")
+        axes.grid(alpha=0.3, which="both")
+    grid[0][0].set(ylabel="perplexity, held-out text")
     save(figure, file)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reproduction import PARTS
+from shrink import comparison, contender
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tools" / "results"
@@ -170,18 +171,11 @@ def storage(records: Records) -> Iterator[str]:
 
 def shrink(records: Records) -> Iterator[str]:
     """A row for each contender of a comparison: runs as long as one another, on the same held-out text."""
-
-    def comparison(record: dict[str, Any]) -> str:
-        steps = record["details"]["steps"]
-        if "other held-out" in record["case"]:
-            return "for as long, other held-out text"
-        return "for as long" if steps > 100 else f"{steps} steps"
-
     yield "| compared | contender | perplexity before training | after | steps | minutes |"
     yield "| --- | --- | ---: | ---: | ---: | ---: |"
     by_name: dict[tuple[str, str], Records] = {}
     for record in records:
-        by_name.setdefault((comparison(record), record["case"].partition(", seed")[0]), []).append(record)
+        by_name.setdefault((comparison(record), contender(record)), []).append(record)
     for (where, name), found in sorted(by_name.items(), key=lambda one: one[0][0]):
         details = [record["details"] for record in found]
         before = ", ".join(f"{math.exp(d['points'][0][2]):,.0f}" for d in details)

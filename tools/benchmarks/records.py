@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -139,7 +140,13 @@ def _cpu_model() -> str:
 
 
 def _own_version() -> str:
+    """With the commit, where this is a checkout: what was measured is the code of then."""
     try:
-        return metadata.version("offload-trainer")
+        version = metadata.version("offload-trainer")
     except metadata.PackageNotFoundError:
-        return "source"  # on the path, but not installed
+        version = "source"  # on the path, but not installed
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return f"{version}+{subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()}"
+    except (OSError, subprocess.CalledProcessError):
+        return version

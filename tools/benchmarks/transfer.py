@@ -1,10 +1,14 @@
 """How fast a subnet comes and goes: gather and write-back in GB/s, against a plain copy of the same bytes.
 
-The write-back tells the norm of its change, as in a run.
+Of a Llama all of whose groups are sliced, in memory and in mapped files; and of matrices sliced on one axis alone:
+whole rows, or single columns. The write-back tells the norm of its change, as in a run.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -17,7 +21,7 @@ from offload_trainer.device.movers import Mover, Native, Plain
 from offload_trainer.device.native import load_kernels
 from offload_trainer.device.subnet import Subnet
 from offload_trainer.device.transfer import Transfer
-from offload_trainer.groups import Groups, random_plan
+from offload_trainer.groups import Groups, random_plan, read_rules
 from offload_trainer.master import Master, Slab, StateSpec
 from offload_trainer.master.precision import FP32
 
@@ -40,10 +44,31 @@ def measure(setting: Setting) -> Iterator[Record]:
     with torch.device("meta"):
         model = workload(setting.size).build()
     groups = workload(setting.size).groups(model)
-    master = Master(model, StateSpec({}, {}, None), materialise=fill, pin=setting.device.type == "cuda")
+    yield from of_model(setting, model, groups, "", movers())
+    with tempfile.TemporaryDirectory(dir=".") as folder:  # a temporary folder of the system's may be memory
+        yield from of_model(setting, model, groups, ", mapped files", {", native": movers()[", native"]}, Path(folder))
+    size = {"quick": 256, "cpu": 4096, "cuda": 16384}[setting.size]
+    for axis, name in enumerate(("rows", "columns")):
+        with torch.device("meta"):
+            matrices = nn.ParameterList([torch.empty(size, size) for _ in range(4)])
+        sliced = read_rules({"units": [f"{i}:{axis}" for i in range(4)]}, matrices)
+        yield from of_model(setting, matrices, sliced, f", {name} alone", movers())
+
+
+def of_model(
+    setting: Setting,
+    model: nn.Module,
+    groups: Groups,
+    case: str,
+    movers: Mapping[str, Mover],
+    folder: Path | None = None,
+) -> Iterator[Record]:
+    """Of a model on meta, in memory or in mapped files of a folder. case: what names of cases end with."""
+    spec, pin = StateSpec({}, {}, None), setting.device.type == "cuda"
+    master = Master(deepcopy(model), spec, materialise=fill, pin=pin, folder=folder)
     try:
         for keep in KEEP:
-            yield from compare(setting, master, groups, keep)
+            yield from compare(setting, master, groups, keep, case, movers)
     finally:
         master.close()
 
@@ -59,7 +84,9 @@ def movers() -> dict[str, Mover]:
     return {"": Plain(), ", native": Native(load_kernels(), torch.get_num_threads())}
 
 
-def compare(setting: Setting, master: Master, groups: Groups, keep: float) -> Iterator[Record]:
+def compare(
+    setting: Setting, master: Master, groups: Groups, keep: float, case: str, movers: Mapping[str, Mover]
+) -> Iterator[Record]:
     repeats, device = REPEATS[setting.size], setting.device
     generator = torch.Generator().manual_seed(0)
     # A new plan each time, as in a run: the indices of its elements are worked out while gathering.
@@ -80,7 +107,7 @@ def compare(setting: Setting, master: Master, groups: Groups, keep: float) -> It
         parts = transfer.unload(subnet.slabs, staged, FP32.rounding(0, "weights")).parts
         transfer.merge(parts, master.tensors, subnet.plan, delta=True)
 
-    transfers = {way: Transfer(device, mover=mover) for way, mover in movers().items()}
+    transfers = {way: Transfer(device, mover=mover) for way, mover in movers.items()}
     contenders: dict[str, Callable[[], object]] = {"copy in": lambda: there.flat.copy_(host.flat)}
     for way, transfer in transfers.items():
         contenders[f"gather{way}"] = partial(gather, transfer)
@@ -109,12 +136,12 @@ def compare(setting: Setting, master: Master, groups: Groups, keep: float) -> It
             on_host = {"host_copy": subnet.nbytes / 1e9 / median(copied)} if copied else {}  # GB/s
             yield setting.record(
                 "transfer",
-                f"{what} rho={keep}{way}",
+                f"{what} rho={keep}{way}{case}",
                 moved / 1e9 / median(seconds[what + way]),
                 "GB/s",
                 times_faster(seconds, what + way, copy),
                 f"plain {pinned}copy of the same bytes" + (f" {direction}" if pinned else ""),
-                aim=AIM[device.type] if what == "both" and way else None,
+                aim=AIM[device.type] if what == "both" and way and not case else None,
                 repeats=repeats,
                 against_value=moved / 1e9 / median(seconds[copy]),
                 subnet_bytes=subnet.nbytes,

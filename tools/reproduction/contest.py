@@ -88,7 +88,7 @@ def train(setting: Setting, options: argparse.Namespace, task: str, one: Contend
         arguments += ["--optimizer.weight_decay", options.decay] if options.decay is not None else []
         arguments += SHORT if setting.quick else []
     if one.keys is None:
-        arguments += [*WHOLE, "--structure.settle", 0]
+        arguments += WHOLE
     else:
         short = ["--sync_every", 2, "--structure.paired_batches", 1] if setting.quick else []
         keys = [*SPARSE[task], *RECIPE, *short, *one.keys]

@@ -30,7 +30,7 @@ from offload_trainer.making import make_structure
 from offload_trainer.master import find_checkpoint
 from offload_trainer.tasks import build_task
 from reproduction.pictures import new_figure, save
-from reproduction.runs import ROOT, SHORT, finish
+from reproduction.runs import AS_PUBLISHED, ROOT, SHORT, finish
 
 QUANTITIES = {"losses": "E L²", "pairs": "V(s)", "largest": "V_max(s)"}
 SEEN = 40
@@ -58,9 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(setting: Setting, options: argparse.Namespace) -> Iterator[Record]:
     steps, points = options.steps, options.points
-    arguments = ["--steps", steps, "--seed", options.seed, "--task.data", options.data, "--checkpoint.keep_last", 10**6]
-    arguments += ["--checkpoint.every", max(1, steps // points), "--track.display", "plain"]
-    arguments += ["--track.log_every", max(1, steps // 100), *options.of_structure, *options.passed_on]
+    arguments = ["--steps", steps, "--seed", options.seed, "--task.data", options.data, *AS_PUBLISHED]
+    arguments += ["--checkpoint.every", max(1, steps // points), "--checkpoint.keep_last", 10**6]
+    arguments += [
+        "--track.display",
+        "plain",
+        "--track.log_every",
+        max(1, steps // 100),
+        *options.of_structure,
+        *options.passed_on,
+    ]
     out = options.out / f"steps-{steps}-seed-{options.seed}"
     run = finish(out, "resnet32_cifar10", arguments, keep_checkpoints=True)
     command = ["--config", ROOT / "configs" / "resnet32_cifar10.yaml", "--out", run.out, *arguments]

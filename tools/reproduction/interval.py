@@ -18,7 +18,7 @@ from benchmarks.records import Record, Setting
 from benchmarks.storage import MODEL
 
 from reproduction.pictures import new_figure, save
-from reproduction.runs import Run, finish
+from reproduction.runs import AS_PUBLISHED, Run, finish
 
 QUANTILES = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5% of Student's t with 1, 2, … degrees of freedom."""
@@ -53,7 +53,7 @@ def train(setting: Setting, options: argparse.Namespace, task: str, every: int, 
     arguments += ["--structure.paired_batches", max(1, every // 12), "--track.display", "plain"]
     arguments += ["--track.log_every", max(1, steps // 50), "--checkpoint.every", max(1, steps // 4)]
     if task == "image":
-        arguments += ["--task.data", options.data, "--task.width", options.width]
+        arguments += ["--task.data", options.data, "--task.width", options.width, *AS_PUBLISHED]
         arguments += ["--task.limit", 16, "--task.batch_size", 4] if setting.quick else []
     else:
         arguments += ["--task.model", json.dumps(MODEL), "--task.sequence", 128, "--task.batch_size", 8]

@@ -16,8 +16,16 @@ from offload_trainer.master.checkpoint import write_json
 from reproduction.timed import PASSES
 
 ROOT = Path(__file__).parents[2]
-WHOLE = ["--structure.keep", "null", "--structure.groups", '{"*": 1.0}', "--structure.result", "top"]
+WHOLE: list[object] = [
+    *("--structure.keep", "null", "--structure.groups", '{"*": 1.0}', "--structure.start", "uniform"),
+    *("--structure.settle", 0, "--structure.result", "top"),
+]
 """Keys of a config for an ordinary training of the whole network."""
+AS_PUBLISHED: list[object] = [
+    *("--structure.start", "uniform", "--structure.settle", 0, "--structure.sampler", "bernoulli"),
+    *("--structure.budget", "global", "--structure.result", "best_of", "--structure.samples", 10),
+]
+"""Keys of a config for subnets drawn as the paper draws them: each unit by itself, under one budget for all."""
 SHORT = [
     *("--task.limit", "16", "--task.batch_size", "4", "--sync_every", "2", "--structure.paired_batches", "1"),
     *("--structure.result_batches", "1", "--structure.samples", "2"),

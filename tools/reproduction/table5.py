@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.records import Record, Setting
 
 from reproduction.pictures import new_figure, save
-from reproduction.runs import SHORT, WHOLE, Run, finish
+from reproduction.runs import AS_PUBLISHED, SHORT, WHOLE, Run, finish
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ CONTENDERS: dict[str, list[object]] = {
     "fixed": ["--structure.settle", 1],
     "paper": [
         *("--structure.estimator", "vr_pge", "--structure.control", "none", "--sync_every", 1),
-        *("--structure.paired_batches", 1, "--structure.reference", "fresh", "--structure.start", "uniform"),
-        *("--structure.sampler", "bernoulli", "--structure.budget", "global", "--structure.settle", 0),
+        *("--structure.paired_batches", 1, "--structure.reference", "fresh", *AS_PUBLISHED),
     ],
 }
 """Keys of each, after what is passed on."""

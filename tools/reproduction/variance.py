@@ -37,7 +37,7 @@ from offload_trainer.structure.sampled_units import SampledUnits
 from offload_trainer.structure.schedules import constant
 from offload_trainer.tasks import Task, build_task
 from reproduction.pictures import new_figure, save
-from reproduction.runs import ROOT, SHORT, finish
+from reproduction.runs import AS_PUBLISHED, ROOT, SHORT, finish
 
 CONFIGS = {"image": "resnet32_cifar10", "text": "quickstart"}
 KINDS = ("as trained", "flat", "polarised")
@@ -101,6 +101,7 @@ def _arguments(setting: Setting, options: argparse.Namespace, task: str) -> tupl
     arguments += ["--track.log_every", max(1, steps // 50)]
     if task == "image":
         arguments += ["--task.data", options.data, "--task.width", 0.25 if setting.quick else options.width]
+        arguments += AS_PUBLISHED
         arguments += ["--task.limit", 16, "--task.batch_size", 4] if setting.quick else []
         size = f"ResNet-32 width {options.width:g}, {steps} steps"
     else:
