@@ -40,6 +40,8 @@ class Contender:
     """Its master is so many times as wide as the small dense network."""
     keys: Sequence[object] | None
     """Of the config, for a sparse one whose subnets are as large as that; None: the network is trained whole."""
+    variant: str = ""
+    """Of what no key asks for: see `variants`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +81,14 @@ def train(setting: Setting, options: argparse.Namespace, task: str, one: Contend
     arguments += ["--track.log_every", max(1, steps // 100), "--track.eval_every", max(1, steps // 20)]
     arguments += ["--checkpoint.every", max(1, steps // 4)]
     if task == "text":
-        arguments += ["--task.model", json.dumps(_llama(one.times)), "--task.sequence", 128, "--task.batch_size", 8]
+        arguments += [
+            "--task.model",
+            json.dumps(small_llama(one.times, one.times)),
+            "--task.sequence",
+            128,
+            "--task.batch_size",
+            8,
+        ]
         arguments += ["--task.val_batches", 1 if setting.quick else 40, "--optimizer.lr", TEXT_RATE]
     else:
         arguments += ["--task.data", options.data, "--task.width", options.width * one.times]
@@ -94,14 +103,15 @@ def train(setting: Setting, options: argparse.Namespace, task: str, one: Contend
         keys = [*SPARSE[task], *RECIPE, *short, *one.keys]
         arguments += ["--structure.keep", 1 / one.times, *keys, *options.of_structure]
     folder = options.out / task / f"{plain(one.name)}-seed-{seed}"
-    return finish(folder, CONFIGS[task], [*arguments, *options.passed_on])
+    return finish(folder, CONFIGS[task], [*arguments, *options.passed_on], variant=one.variant)
 
 
-def _llama(times: float) -> dict[str, Any]:
-    """Residual stream and depth stay; heads and MLP features are so many times as many as in the small one."""
-    heads = round(4 * times)
-    sizes = {"num_attention_heads": heads, "num_key_value_heads": heads // 2, "intermediate_size": round(256 * times)}
-    fixed = {"vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 4, "head_dim": 32}
+def small_llama(heads: float = 1, features: float = 1, residual: float = 1) -> dict[str, Any]:
+    """Config of the small network, or of one so many times as wide."""
+    count = round(4 * heads)
+    sizes = {"num_attention_heads": count, "num_key_value_heads": count // 2}
+    sizes |= {"intermediate_size": round(256 * features), "hidden_size": round(128 * residual)}
+    fixed = {"vocab_size": 256, "num_hidden_layers": 4, "head_dim": 32}
     return {"model_type": "llama", **fixed, **sizes, "max_position_embeddings": 128, "tie_word_embeddings": True}
 
 

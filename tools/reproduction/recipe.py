@@ -7,6 +7,7 @@ The gap is to the small dense network of the same seed.
 """
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
@@ -16,10 +17,11 @@ from benchmarks.records import Record, Setting
 
 from reproduction.contest import QUICK as SHORT_RUNS
 from reproduction.contest import QUICK_KEYS as QUICK_KEYS
-from reproduction.contest import TIMES, Contender, by_contender, contest
+from reproduction.contest import TIMES, Contender, by_contender, contest, small_llama
 from reproduction.contest import add_arguments as add_arguments
 from reproduction.interval import confidence
 from reproduction.pictures import new_figure, save
+from reproduction.variants import VARIANTS as UNASKED
 
 EXPLORING = (0.02, 0.05, 0.2, 0.4)
 VARIANTS: dict[str, list[object]] = {
@@ -40,8 +42,32 @@ VARIANTS: dict[str, list[object]] = {
     "K=10": ["--sync_every", 10, "--structure.paired_batches", 1],
     "K=200": ["--sync_every", 200],
     "moments reset": ["--optimizer.state", "reset"],
+    "ρ falls from a half": [
+        *("--structure.schedule", "cubic", "--structure.start_keep", 0.5),
+        *("--structure.schedule_steps", 300),
+    ],
 }
-CONTENDERS = [Contender("dense ×1", 1, None), *(Contender(name, TIMES, keys) for name, keys in VARIANTS.items())]
+WITHOUT_OVERLAP = ["--memory.overlap", "false"]
+
+
+def _sampled(groups: dict[str, float | None], **times: float) -> list[object]:
+    """Keys of a Llama of other shapes, whose subnets are as large as the others'. None: a quarter."""
+    keep: list[object] = [] if None in groups.values() else ["--structure.keep", "null"]
+    return [*keep, "--task.model", json.dumps(small_llama(**times)), "--structure.groups", json.dumps(groups)]
+
+
+OF_TEXT: dict[str, list[object]] = {
+    "heads alone": _sampled({"*self_attn*": None}, heads=TIMES),
+    "MLP features alone": _sampled({"*mlp*": None}, features=TIMES),
+    "residual stream alone": _sampled({"residual": 0.5}, residual=2),
+    "residual stream too": _sampled({"residual": 0.5, "*": None}, heads=TIMES, features=TIMES, residual=2),
+}
+"""Which groups are sampled."""
+CONTENDERS = [
+    Contender("dense ×1", 1, None),
+    *(Contender(name, TIMES, keys) for name, keys in (VARIANTS | OF_TEXT).items()),
+    *(Contender(name, TIMES, WITHOUT_OVERLAP if name == "outer momentum" else [], name) for name in UNASKED),
+]
 QUICK: dict[str, Any] = {**SHORT_RUNS, "only": ["base: explore 0.1", "rloo"], "width": 0.0625}
 
 
@@ -63,7 +89,8 @@ def draw(records: list[dict[str, Any]], file: Path) -> None:
             axes.plot(*zip(*sorted(points), strict=True), marker="o", label=size)
     axes.axhline(0, color="grey", lw=0.8)
     axes.set(xlabel="share of a subnet's units that explore", ylabel="loss above the small dense network's, %")
-    axes.legend(frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     save(figure, file)
 
@@ -77,4 +104,5 @@ def rows(records: list[dict[str, Any]]) -> Iterator[str]:
         spread = f" ± {half:.3f}" if half == half else ""
         time = mean(r["details"]["time"] for r in found)
         loss = mean(r["value"] for r in found)
-        yield f"| {size} | {name} | {loss:.4f} | {gap:+.4f}{spread} | {time:.2f} | {len(found)} |"
+        seeds = len({r["details"]["seed"] for r in found})
+        yield f"| {size} | {name} | {loss:.4f} | {gap:+.4f}{spread} | {time:.2f} | {seeds} |"

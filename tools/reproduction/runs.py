@@ -69,9 +69,11 @@ class Run:
         return ledger["measured"].get("device_peak_bytes") or ledger["predicted"]["device_peak_bytes"]
 
 
-def finish(out: Path, name: str | Path, arguments: Sequence[object], *, keep_checkpoints: bool = False) -> Run:
+def finish(
+    out: Path, name: str | Path, arguments: Sequence[object], *, keep_checkpoints: bool = False, variant: str = ""
+) -> Run:
     """The run of a config (a shipped one by its name, any other by its file) in the folder `out`, as its command does
-    it: trained now, unless that is done, and gone on with where it was interrupted.
+    it: trained now, unless that is done, and gone on with where it was interrupted. variant: see `variants`.
 
     Raises `UserError` if the run fails, or if another one lies in the folder.
     """
@@ -87,7 +89,8 @@ def finish(out: Path, name: str | Path, arguments: Sequence[object], *, keep_che
     if not (out / SUMMARY).is_file():
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / ASKED, whole)
-        launch(out.name, [*words, "--resume", "auto"], ["-m", "reproduction.timed"])
+        program = ["reproduction.variants", variant] if variant else ["reproduction.timed"]
+        launch(out.name, [*words, "--resume", "auto"], ["-m", *program])
         if not keep_checkpoints:
             shutil.rmtree(out / "checkpoints")
     lines = (out / METRICS).read_text().splitlines()
