@@ -46,6 +46,9 @@ PAPER = (
     Row(0.8797, 0.0080, 7.41),
 )
 CONFIGS = {"vgg19": "vgg19_cifar10", "resnet32": "resnet32_cifar10", "wrn28_10": "wrn28_10_cifar10"}
+CHANNELS = {"resnet32": 2.0}
+"""Width of the paper's networks, where it is not 1."""
+EPOCHS = 300
 OTHERS = (0.5,)
 """Keep ratios of the models that Table 5 has no rows of."""
 CONTENDERS: dict[str, list[object]] = {
@@ -72,7 +75,7 @@ QUICK_KEYS = SHORT
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="data/cifar10", help="as task.data of a config (default: data/cifar10)")
     parser.add_argument("--models", nargs="+", choices=CONFIGS, default=["vgg19"])
-    parser.add_argument("--epochs", type=float, default=300, help="of the training images (default: 300)")
+    parser.add_argument("--epochs", type=float, default=EPOCHS, help=f"of the training images (default: {EPOCHS})")
     parser.add_argument("--images", type=int, default=50_000, help="in an epoch, for smaller data")
     parser.add_argument("--width", type=float, help="factor on all channels (default: the config's)")
     parser.add_argument("--batch", type=int, default=256)
@@ -178,6 +181,13 @@ def _sized(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(records, key=lambda r: (r["details"]["model"], r["details"]["size"], -r["details"]["keep"]))
 
 
+def _reduced(model: str, size: str, epochs: float) -> str:
+    """How much of the paper's size that is."""
+    width = size.partition(",")[0].removeprefix("width ")
+    share = 1.0 if width == "of the config" else float(width) / CHANNELS.get(model, 1.0)
+    return f"{share:g} of the paper's channels, {epochs:g} of its {EPOCHS} epochs"
+
+
 def averaged(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Over the seeds: a row for each contender and keep ratio, largest first."""
     names = list(CONTENDERS)
@@ -213,7 +223,8 @@ def rows(records: list[dict[str, Any]]) -> Iterator[str]:
     """Markdown, for README."""
     for (model, size), found in groupby(_sized(records), lambda r: (r["details"]["model"], r["details"]["size"])):
         group = list(found)
-        yield f"{model}, {size}, {group[0]['details']['steps']:,} steps:"
+        details = group[0]["details"]
+        yield f"{model}, {_reduced(model, size, details['epochs'])}, {details['steps']:,} steps:"
         yield ""
         yield (
             "| contender | keep ρ | parameters | accuracy | lost | paper: lost | forward | backward | both "
