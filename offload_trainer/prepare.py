@@ -285,6 +285,8 @@ def make_forecast(
         notes.append("widths vary from round to round (structure.sampler, budget): these are of plans of the mean size")
     if config.memory.compile:
         notes.append("what torch.compile itself takes (memory.compile) is not counted")
+    if config.memory.master == "file":
+        notes.append("pages of the mapped master are not counted: the system takes them back when it needs them")
     asked, free = config.memory.device, memory.device_available(accelerator.device)
     if asked not in (None, "auto") and free is not None and free < size_in_bytes(asked):
         notes.append(f"this device has {readable(free)} free, less than memory.device ({asked})")

@@ -5,6 +5,7 @@ DESIGN §10, 6, and what can be had of 2 and 8 without a GPU; test_gpu.py has th
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from offload_trainer.device.streams import Event, HostCopy, SideStream
 from offload_trainer.device.swap import Swap
 from offload_trainer.device.writeback import WriteBack
 from offload_trainer.forecast import sizes
+from offload_trainer.forecast.predictor import Predictor
 from offload_trainer.forecast.sizes import Sizes
 from offload_trainer.master import Precision, Slab, probe_optimizer
 from offload_trainer.offloader import Offloader
@@ -28,6 +30,8 @@ from offload_trainer.tasks import causal_lm
 from tests.runs import config, metrics
 from tests.simulated import CUDA, Gpu, Simulated, simulated
 from tests.test_any_order import compare
+from tests.test_ledger import CASES as CASES_OF_LEDGER
+from tests.test_ledger import adamw, half, predictor, sgd, sliced
 from tests.test_offloader import ADAMW, data
 from tests.test_pipeline import CASES, MODELS, assert_same, language_loss, llama, make, races, result, text  # noqa: F401
 
@@ -291,6 +295,31 @@ def test_what_a_swap_takes_on_the_device_is_foreseen(
     predicted = Sizes(network(6), state_spec, precision, plan, groups.sliced_by(structure.names))
     foreseen = predicted.arriving(on_host=False)
     assert len(took) == 5 and foreseen / 2 < max(took) <= foreseen, (took, foreseen)
+
+
+@pytest.mark.parametrize(("name", "factory"), [("mlp", adamw), ("convolutional", sgd), ("llama", adamw)])
+def test_the_peak_of_overlapping_rounds_is_foreseen(
+    name: str, factory: Callable[..., torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the last plans share entries is on the device as well: less than a hundredth here."""
+    case = CASES_OF_LEDGER[name]()
+    model, batch, inputs, loss_fn = case
+    groups, plan = half(model, inputs)
+    monkeypatch.setattr(Predictor, "_on_host", False)
+    told = replace(predictor(case, groups, factory, True), overlap=True)
+    ledger = told.ledger(plan, reference=True, sampled=sliced(plan), ahead=True)
+    names = ("forward and backward", "optimizer step", "write-back", "swap")
+    foreseen = max(p.device_bytes - p.device["batch"] for p in ledger.phases if p.name in names)
+    structure = Structure(groups, 0.5)
+    with (
+        simulated(monkeypatch, 0) as gpu,
+        Offloader(model, groups, loss_fn, optimizer=factory, structure=structure, sync_every=2) as trainer,
+    ):
+        there = on_gpu(batch)
+        held = gpu.allocated
+        train(trainer, [there] * 7)
+        assert foreseen <= gpu.peak - held <= 1.01 * foreseen
+        assert trainer._bench.ahead is not None
 
 
 def test_a_language_model_keeps_nobody_waiting(gpu: Gpu) -> None:
