@@ -1,8 +1,7 @@
 """What a config asks for, made: accelerator, structure, optimizer, rate; and what of it a resumed run must share."""
 
 import math
-from collections.abc import Callable, Mapping
-from datetime import timedelta
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,9 @@ from offload_trainer.device.processes import require_devices, use_all_cores
 from offload_trainer.errors import UserError
 from offload_trainer.groups import Groups, Plan
 from offload_trainer.groups.slicing import named_tensors, rebuild
+from offload_trainer.master.moments import OptimizerFactory
 from offload_trainer.structure import Structure
 from offload_trainer.tasks import Task
-
-PATIENCE = timedelta(hours=6)
-"""Of ranks for one another: the first alone writes checkpoints and the export, hundreds of gigabytes at times."""
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 def master_folder(config: Config) -> Path | None:
@@ -41,7 +37,7 @@ def make_accelerator(config: Config) -> Accelerator:
             log_with=config.track.trackers or None,  # type: ignore[arg-type]
             project_dir=config.out,
             cpu=not torch.accelerator.is_available(),  # asked for, so that several processes find each other on gloo
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=ranks.PATIENCE)],
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"accelerate cannot start: {str(error).splitlines()[0]}") from error

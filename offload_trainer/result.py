@@ -20,10 +20,9 @@ from offload_trainer.device import ranks
 from offload_trainer.errors import UserError
 from offload_trainer.evaluation import UNCACHED, streamed
 from offload_trainer.files.format import INDEX, WEIGHTS, readable
-from offload_trainer.files.writing import write_shards
+from offload_trainer.files.writing import write_json, write_shards
 from offload_trainer.groups import Groups, Plan
 from offload_trainer.groups.slicing import named_tensors, rebuild, take
-from offload_trainer.master.checkpoint import write_json
 from offload_trainer.offloader import LossFn, Offloader
 
 PLAN = "plan.json"

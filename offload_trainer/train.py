@@ -42,6 +42,7 @@ def train(config: Config) -> None:
     if config.dry_run:
         return
 
+    first = run.checkpoint.meta["step"] if run.checkpoint else 0
     store = CheckpointStore(Path(config.out) / "checkpoints", config.checkpoint.keep_last)
     torch.manual_seed(config.seed)  # the initial weights depend on nothing that came before
     before_master = memory.host_bytes()
@@ -71,10 +72,9 @@ def train(config: Config) -> None:
             task.unit,
             accelerator,
             config.track.display,
-            first_step=run.checkpoint.meta["step"] if run.checkpoint else 0,
+            first_step=first,
         ) as monitor,
     ):
-        first = run.checkpoint.meta["step"] if run.checkpoint else 0
         aside = store.begin(first) if accelerator.is_main_process else None
         if aside is not None:
             monitor.message(f"checkpoints of an earlier run are now in {aside}")

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from offload_trainer.device.streams import HostCopy
 from offload_trainer.errors import UserError
 
+PATIENCE = timedelta(hours=6)
+"""Of ranks for one another: the first alone writes checkpoints and the export, hundreds of gigabytes at times."""
 BUCKET = 2**26
 """Bytes from which on a message is sent: it has less than that beside its last tensor, and takes twice its size."""
 
@@ -109,7 +112,7 @@ def gather(accelerator: Accelerator, value: Any) -> list[Any]:
 @cache
 def _hosts(_: Any) -> Any:
     """The same processes, reached without their devices: NCCL would wait for all that those have to do."""
-    return dist.new_group(backend="gloo")
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def require_same(accelerator: Accelerator, what: str, value: str) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from errno import ENOLCK, ENOTSUP
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,12 +112,20 @@ def recording(path: Path) -> Iterator[None]:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, meets the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Likewise. Raises `ValueError` for NaN and infinity."""
+    replace_text(path, json.dumps(content, indent=1, allow_nan=False))
 
 
 def file_crc(path: Path) -> int:

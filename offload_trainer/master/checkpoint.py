@@ -17,7 +17,7 @@ from torch import Tensor
 from offload_trainer.errors import UserError
 from offload_trainer.files.format import DTYPES, readable
 from offload_trainer.files.reading import read_header
-from offload_trainer.files.writing import dtype_name, file_bytes, file_crc, write_safetensors
+from offload_trainer.files.writing import dtype_name, file_bytes, file_crc, write_json, write_safetensors
 from offload_trainer.master.interrupts import defer_interrupts
 
 META = "checkpoint.json"
@@ -247,16 +247,6 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Written whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        json.dump(content, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _crc(content: Mapping[str, Any]) -> int:

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from rich.table import Table
 
 from offload_trainer.errors import UserError
+from offload_trainer.files.writing import replace_text
 
 KEY = ("name", "case", "device")
 """What tells two records apart."""
@@ -105,9 +106,7 @@ def merge(file: Path, records: Iterable[Record]) -> None:
     """Add records to a file in place of those of the same name, case and device; it is replaced whole or not at all."""
     new = {tuple(getattr(record, key) for key in KEY): asdict(record) for record in records}
     kept = {tuple(record[key] for key in KEY): record for record in read_records(file)}
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps([*(kept | new).values()], indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, file)
+    replace_text(file, json.dumps([*(kept | new).values()], indent=1, allow_nan=False) + "\n")
 
 
 def table(records: Iterable[Record]) -> Table:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from offload_trainer.config import parse
 from offload_trainer.errors import UserError
-from offload_trainer.master.checkpoint import write_json
+from offload_trainer.files.writing import write_json
 from reproduction.timed import PASSES
 
 ROOT = Path(__file__).parents[2]
