@@ -36,9 +36,10 @@ CASES = {
     ],
     "overhead": [f"{model} K=50{how} quick" for model in ("llama", "resnet32") for how in (", overlapped", "")],
     "transfer": [
-        f"{what} rho={keep}{way} quick"
+        f"{what} rho={keep}{way}{where} quick"
+        for where in ("", ", mapped files", ", rows alone", ", columns alone")
         for keep in (0.5, 0.25)
-        for way in ("", ", native")
+        for way in ((", native",) if where == ", mapped files" else ("", ", native"))
         for what in ("gather", "writeback", "both")
     ],
     "load": ["bf16 to fp32 quick", "fp32 to fp32 quick", "bf16 to bf16 quick"],

@@ -36,7 +36,7 @@ from offload_trainer.errors import UserError
 
 BENCHMARKS: dict[str, Callable[[Setting, argparse.Namespace], Iterator[Record]]] = {
     "slicing": lambda setting, _: slicing.measure(setting),
-    "overhead": lambda setting, _: overhead.measure(setting),
+    "overhead": lambda setting, options: overhead.measure(setting, options.intervals),
     "transfer": lambda setting, _: transfer.measure(setting),
     "load": lambda setting, _: loading.measure(setting),
     "ledger": lambda setting, _: ledger.measure(setting),
@@ -56,6 +56,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the records to this file")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, a few seconds each")
     parser.add_argument("--size", choices=SIZES, help="of the model of peers and start")
+    parser.add_argument("--intervals", type=int, nargs="+", metavar="K", help="of overhead (default: 50 10 200)")
     group = parser.add_argument_group("peers")
     group.add_argument(
         "--cap",

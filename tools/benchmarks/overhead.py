@@ -1,6 +1,6 @@
 """What offloading costs: a run whose network stays in host memory, against its small network trained alone."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -12,7 +12,7 @@ from benchmarks.peers.sizes import fill
 from benchmarks.records import Record, Setting
 from benchmarks.timing import take_turns, times_faster
 from benchmarks.workloads import Workload, llama, on_device, training_step, vision
-from offload_trainer import Offloader, Structure
+from offload_trainer import Offloader, Structure, UserError
 from offload_trainer.groups import slice_module
 
 KEEP = 0.5  # of every group, so a quarter of the weights
@@ -47,7 +47,12 @@ def workloads(size: str) -> list[Workload]:
             ]
 
 
-def measure(setting: Setting) -> Iterator[Record]:
+def measure(setting: Setting, intervals: Sequence[int] | None = None) -> Iterator[Record]:
+    """intervals: those of K, of the ones in `TURNS`, that are measured (None: all). Raises `UserError` for another."""
+    all_turns = TURNS[setting.size]
+    if unknown := set(intervals or ()) - set(all_turns):
+        raise UserError(f"--intervals ({min(unknown)}) must be of {', '.join(map(str, all_turns))}")
+    wanted = {every: turns for every, turns in all_turns.items() if intervals is None or every in intervals}
     for workload in workloads(setting.size):
         batches = on_device(workload, 4, setting.device)
         with ExitStack() as stack:
@@ -66,7 +71,7 @@ def measure(setting: Setting) -> Iterator[Record]:
                         step()
                         resident()
                     run.finish_round()
-            for sync_every, (turns, rounds) in TURNS[setting.size].items():
+            for sync_every, (turns, rounds) in wanted.items():
                 for way, run in runs.items():
                     run.finish_round()
                     run.sync_every = sync_every
