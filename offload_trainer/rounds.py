@@ -174,14 +174,12 @@ class Rounds:
 
     def load(self, boundary: Boundary) -> None:
         """See `Offloader.load_boundary`."""
-        self._bench.clear()
-        self._credit_sums.clear()
         numbers = boundary.numbers
+        self._bench.load_state_dict(numbers)
+        self._credit_sums.clear()
         self.steps, self.finished = numbers["steps"], numbers["rounds"]
         self._agenda.load_state_dict(numbers["agenda"])
         self._report = RoundReport(**numbers["report"])
-        self._bench.clock, self._bench.last_digest = numbers["clock"], numbers["trained"]
-        self._bench.writeback.delta_norm = numbers["delta_norm"]
         self._master.scalars = {name: dict(scalars) for name, scalars in numbers["scalars"].items()}
         self._structure.load_state_dict(dict(boundary.structure))
         set_random_state(boundary.random, self._device)
@@ -200,5 +198,8 @@ class Rounds:
     def _numbers(self) -> dict[str, Any]:
         """Of a boundary, but for what the round before it showed."""
         numbers = {"steps": self.steps, "rounds": self.finished, "agenda": self._agenda.state_dict()}
-        numbers |= {"clock": self._bench.clock, "trained": self._bench.last_digest}
-        return numbers | {"scalars": {name: dict(scalars) for name, scalars in self._master.scalars.items()}}
+        return (
+            numbers
+            | self._bench.state_dict()
+            | {"scalars": {name: dict(scalars) for name, scalars in self._master.scalars.items()}}
+        )

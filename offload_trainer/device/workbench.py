@@ -5,7 +5,7 @@ as well, weights only, and is the reference. The one after that is gathered on t
 next round's moments (see swap.py for what happens between two rounds).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from time import perf_counter
@@ -108,7 +108,7 @@ class Workbench:
         self._next_plan = next_plan if self._overlap and next_plan is not None and self.subnet.fits(next_plan) else None
         wanted = self._next_plan or reference
         if ahead is None or ahead.after_next != wanted:
-            self._take_reference(wanted)
+            self._gather_reference(wanted)
 
     def look_ahead(self, draw: Callable[[], Plan | None]) -> None:
         """Gather for the next two rounds while this one trains. draw: the plan of the second, if it is known."""
@@ -191,7 +191,7 @@ class Workbench:
         self._swap.hold("weights", "moments")
         self.writeback.hold()
 
-    def _take_reference(self, plan: Plan | None) -> None:
+    def _gather_reference(self, plan: Plan | None) -> None:
         self._hold_for_link()
         if plan is None:
             self._reference = None
@@ -225,6 +225,15 @@ class Workbench:
             self.transfer.gather(self._master.moments[moment], map(Slab.whole, staged[moment]), next_plan)
         self.transfer.gather(self._master.tensors, map(Slab.whole, staged["weights"]), after_next)
         return ahead
+
+    def state_dict(self) -> dict[str, Any]:
+        """What outlasts a round beside the master."""
+        return {"clock": self.clock, "trained": self.last_digest, "delta_norm": self.writeback.delta_norm}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.clear()
+        self.clock, self.last_digest = state["clock"], state["trained"]
+        self.writeback.delta_norm = state["delta_norm"]
 
     def clear(self) -> None:
         """Forget what is on the device."""
