@@ -163,9 +163,8 @@ def test_contenders_get_the_same_time(shrink: Any, clock: str, tmp_path: Path, m
         at = [{"step": step, "train_seconds": 100 + step * a_step} for step in range(every, steps + 1, every)]
         log = [{**record, "train_cpu_seconds": 2 * record["train_seconds"]} for record in at]
         exported = {"loss": 1.0, "parameters": 1}
-        return SimpleNamespace(
-            metrics=log, settings={}, summary={"exported": exported, "steps": steps, "seconds": {"start": 7.0}}
-        )
+        summary = {"exported": exported, "steps": steps, "seconds": {"start": 7.0}}
+        return SimpleNamespace(metrics=log, settings={}, summary=summary, device_bytes=5)
 
     monkeypatch.setattr(shrink, "finish", finish)
     config = runs.config(tmp_path, **{"structure.paired_batches": 4, "sync_every": 20})

@@ -88,7 +88,10 @@ def draw(records: list[dict[str, Any]], file: Path) -> None:
         if points:
             axes.plot(*zip(*sorted(points), strict=True), marker="o", label=size)
     axes.axhline(0, color="grey", lw=0.8)
-    axes.set(xlabel="share of a subnet's units that explore, and are exchanged in a round, at first", ylabel="loss above the small dense network's, %")
+    axes.set(
+        xlabel="share of a subnet's units that explore, and are exchanged in a round, at first",
+        ylabel="loss above the small dense network's, %",
+    )
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
     axes.grid(alpha=0.3)
