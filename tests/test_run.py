@@ -450,6 +450,19 @@ num_attention_heads: 4, num_key_value_heads: 2, head_dim: 8, max_position_embedd
     assert (tmp_path / "out" / "export" / "model.safetensors").is_file()
 
 
+def test_the_papers_way_runs(tmp_path: Path) -> None:
+    """A new pair of subnets in every step, of widths that vary."""
+    words = [str(ROOT / "configs" / name) for name in ("vgg19_cifar10.yaml", "overlays/paper.yaml")]
+    words = ["--config", words[0], "--config", words[1], "--task.data", str(images(tmp_path / "images", 32))]
+    words += ["--task.width", "0.125", "--task.batch_size", "4", "--steps", "6", "--track.log_every", "1"]
+    words += ["--structure.samples", "2", "--structure.result_batches", "1", "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    records = [record for record in metrics(tmp_path / "out") if "loss" in record]
+    assert [record["round"] for record in records] == list(range(6))
+    assert len({record["device_bytes"] for record in records}) > 1
+    assert all(record["difference"] is not None for record in records)
+
+
 def test_an_exported_cnn_loads_with_its_plan(tmp_path: Path) -> None:
     data = images(tmp_path / "images", 32)
     arguments = [
