@@ -89,7 +89,7 @@ class Round:
 
     def outcome(self, steps: int, rounds: int) -> tuple[float | None, Tensor | None]:
         """d, the mean over the paired batches and the ranks of L(m) − L(m′), None if there were none; and the credit.
-        After `end`; the host waits for the device here.
+        After `send_outcome`; the host waits for the device here.
 
         Raises `NotFinite`, naming the step, unless the losses, the weights and what s learns from are finite. steps: of
         the run so far, this round's included. rounds: finished before it.

@@ -265,8 +265,6 @@ class Config(Section):
             raise ValueError(f"structure.schedule_steps ({cubic_steps}) must be <= steps ({self.steps})")
         if self.memory.folder is not None and self.memory.master == "ram":
             raise ValueError(f"memory.folder ({self.memory.folder}) needs memory.master (ram) to be file")
-        if self.memory.moments == "bf16" and self.optimizer.state == "reset":
-            raise ValueError("memory.moments (bf16) needs optimizer.state (reset) to be carry: else there are none")
         if self.memory.cuda_graphs and not self.memory.compile:
             raise ValueError("memory.cuda_graphs (true) needs memory.compile (false) to be true")
         if self.memory.cuda_graphs and self.micro_batches > 1:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -109,7 +109,7 @@ def gather(accelerator: Accelerator, value: Any) -> list[Any]:
     return every
 
 
-@cache
+@lru_cache(1)
 def _hosts(_: Any) -> Any:
     """The same processes, reached without their devices: NCCL would wait for all that those have to do."""
     return dist.new_group(backend="gloo", timeout=PATIENCE)

@@ -80,6 +80,5 @@ def rows(records: list[dict[str, Any]]) -> Iterator[str]:
             f"| {mean(d['accuracy'] for d in details):.1%} | {gap:+.4f}{spread} "
             f"| {mean(d['device_bytes'] for d in details) / 2**20:.1f} MiB "
             f"| {mean(d['time'] for d in details):.2f} "
-            f"| {details[0]['parameters'] / 1e6:.2f} / {details[0]['master_parameters'] / 1e6:.2f} M "
-            f"| {len({d['seed'] for d in details})} |"
+            f"| {details[0]['parameters'] / 1e6:.2f} / {details[0]['master_parameters'] / 1e6:.2f} M | {len(found)} |"
         )

@@ -15,13 +15,12 @@ from typing import Any
 
 from benchmarks.records import Record, Setting
 
+from reproduction.contest import FIFTH, TIMES, Contender, by_contender, contest, small_llama
 from reproduction.contest import QUICK as SHORT_RUNS
 from reproduction.contest import QUICK_KEYS as QUICK_KEYS
-from reproduction.contest import TIMES, Contender, by_contender, contest, small_llama
 from reproduction.contest import add_arguments as add_arguments
 from reproduction.interval import confidence
 from reproduction.pictures import new_figure, save
-from reproduction.variants import VARIANTS as UNASKED
 
 EXPLORING = (0.02, 0.05, 0.2, 0.4)
 VARIANTS: dict[str, list[object]] = {
@@ -44,10 +43,9 @@ VARIANTS: dict[str, list[object]] = {
     "moments reset": ["--optimizer.state", "reset"],
     "ρ falls from a half": [
         *("--structure.schedule", "cubic", "--structure.start_keep", 0.5),
-        *("--structure.schedule_steps", 300),
+        *("--structure.schedule_steps", FIFTH),
     ],
 }
-WITHOUT_OVERLAP = ["--memory.overlap", "false"]
 
 
 def _sampled(groups: dict[str, float | None], **times: float) -> list[object]:
@@ -65,8 +63,11 @@ OF_TEXT: dict[str, list[object]] = {
 """Which groups are sampled."""
 CONTENDERS = [
     Contender("dense ×1", 1, None),
-    *(Contender(name, TIMES, keys) for name, keys in (VARIANTS | OF_TEXT).items()),
-    *(Contender(name, TIMES, WITHOUT_OVERLAP if name == "outer momentum" else [], name) for name in UNASKED),
+    *(Contender(name, TIMES, keys) for name, keys in VARIANTS.items()),
+    *(Contender(name, TIMES, keys, of_text=True) for name, keys in OF_TEXT.items()),
+    Contender("outer momentum", TIMES, ["--memory.overlap", "false"], "outer momentum"),
+    Contender("faster newcomers", TIMES, [], "faster newcomers"),
+    Contender("taught", TIMES, [], "taught", of_text=True),
 ]
 QUICK: dict[str, Any] = {**SHORT_RUNS, "only": ["base: explore 0.1", "rloo"], "width": 0.0625}
 
@@ -107,5 +108,4 @@ def rows(records: list[dict[str, Any]]) -> Iterator[str]:
         spread = f" ± {half:.3f}" if half == half else ""
         time = mean(r["details"]["time"] for r in found)
         loss = mean(r["value"] for r in found)
-        seeds = len({r["details"]["seed"] for r in found})
-        yield f"| {size} | {name} | {loss:.4f} | {gap:+.4f}{spread} | {time:.2f} | {seeds} |"
+        yield f"| {size} | {name} | {loss:.4f} | {gap:+.4f}{spread} | {time:.2f} | {len(found)} |"

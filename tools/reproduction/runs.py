@@ -87,6 +87,8 @@ def finish(
             f"{out} holds a run with other arguments, or of a config that has changed: remove it, or use another --out"
         )
     if not (out / SUMMARY).is_file():
+        if variant:
+            shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / ASKED, whole)
         program = ["reproduction.variants", variant] if variant else ["reproduction.timed"]

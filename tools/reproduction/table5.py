@@ -58,6 +58,7 @@ CONTENDERS: dict[str, list[object]] = {
     "paper": [
         *("--structure.estimator", "vr_pge", "--structure.control", "none", "--sync_every", 1),
         *("--structure.paired_batches", 1, "--structure.reference", "fresh", *AS_PUBLISHED),
+        *("--structure.result", "top"),
     ],
 }
 """Keys of each, after what is passed on."""

@@ -5,6 +5,7 @@ passes, and the steps they belong to.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor
 
 from offload_trainer import Offloader, run, train
-from offload_trainer.files.writing import write_json
 
 PASSES = "passes.json"
 
@@ -82,7 +82,9 @@ class TimedOffloader(Offloader):
     def _write(self) -> None:
         """Whole or not at all; with what was timed before a resume."""
         found = {"steps": self._timed, **self.clock.seconds()}
-        write_json(self._file, {key: value + self._before.get(key, 0) for key, value in found.items()})
+        temporary = self._file.with_name(f".{self._file.name}.tmp")  # not flushed: rounds of a step would be slower
+        temporary.write_text(json.dumps({key: value + self._before.get(key, 0) for key, value in found.items()}))
+        os.replace(temporary, self._file)
 
 
 def main(arguments: list[str]) -> int:

@@ -4,7 +4,10 @@ Each changes what a training loop calls, as `timed` does, whose clock it has; un
 
 outer momentum: the master keeps going where rounds have moved it: its change is that of the round and half of the last.
 faster newcomers: what was not in the round before moves twice as far in each step of its first round.
-taught: half of the loss is the distance to the predictions of the last round's subnet, as that round left it.
+taught: half of the loss is the distance to the predictions of the last round's subnet, as that round left it (which is
+    a third subnet on the device, of which device bytes that are predicted know nothing).
+
+What they remember is in no checkpoint: a run that was interrupted begins again.
 """
 
 import copy
@@ -52,18 +55,19 @@ class FasterNewcomers(TimedOffloader):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._last: Plan | None = None
-        self._new: tuple[str, dict[str, Tensor]] = "", {}
+        self._new: dict[str, Tensor] = {}
         self._ordinary, self._bench.step = self._bench.step, self._step
 
     @torch.no_grad()
     def _step(self) -> None:
         parameters, plan = self._bench.subnet.parameters, self._bench.subnet.plan
-        if plan.digest != self._new[0]:
-            self._new = plan.digest, {} if self._last is None else _newcomers(plan, self._last, parameters)
+        if not self.steps % self.sync_every:
+            known = self._last is None or self.agenda.settled
+            self._new = {} if known else _newcomers(plan, self._last, parameters)
             self._last = plan
-        before = {name: parameters[name].clone() for name in self._new[1]}
+        before = {name: parameters[name].clone() for name in self._new}
         self._ordinary()
-        for name, new in self._new[1].items() if not self.agenda.settled else ():
+        for name, new in self._new.items():
             parameters[name] += (FASTER - 1) * new * (parameters[name] - before[name])
 
 
