@@ -45,14 +45,14 @@ TWO_LAYERS = {"task.model.num_hidden_layers": 2}
 def timed_in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs that tools launch cost no start of a process from now on. Returns their names, as they come."""
     launched: list[str] = []
-    timed, tools = (importlib.import_module(f"reproduction.{name}") for name in ("timed", "runs"))
+    timed, tools, variants = (importlib.import_module(f"reproduction.{name}") for name in ("timed", "runs", "variants"))
     own = train.Offloader
     monkeypatch.setattr(train, "Offloader", own)  # what a timed run puts in its place is taken back
 
     def launch(what: str, words: list[Any], program: list[str]) -> None:
         launched.append(what)
-        assert program == ["-m", "reproduction.timed"]
-        code = timed.main([str(word) for word in words])
+        assert program[:2] in (["-m", "reproduction.timed"], ["-m", "reproduction.variants"])
+        code = (variants if program[2:] else timed).main([*program[2:], *(str(word) for word in words)])
         train.Offloader = own
         if code:
             raise UserError(what)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from offload_trainer import UserError
+from offload_trainer import Plan, Structure, UserError, find_groups
 from tests.runs import ROOT, images, metrics, timed_in_this_process
 
 
@@ -31,6 +32,7 @@ def tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
         "table5",
         "timed",
         "variance",
+        "variants",
         "wide",
     )
     found = {name: importlib.import_module(f"reproduction.{name}") for name in names}
@@ -223,6 +225,17 @@ def test_recipe_changes_one_thing_at_a_time(tools: SimpleNamespace) -> None:
     assert base["details"]["master_parameters"] > 4 * base["details"]["parameters"]
 
 
+def test_recipe_of_text(tools: SimpleNamespace) -> None:
+    """Which groups are sampled, and what no key asks for, of subnets as large as the others'."""
+    only = ["MLP features alone", "residual stream too", "taught", "ρ falls from a half"]
+    found = records(tools, "recipe", "--tasks", "text", "--text-steps", "10", "--only", *only)
+    assert [r["details"]["contender"] for r in found] == ["dense ×1", only[3], *only[:3]]
+    assert len({r["details"]["parameters"] for r in found}) == 1
+    assert found[1]["details"]["settings"]["structure.schedule_steps"] == 2
+    losses = [r["value"] for r in found]
+    assert len(set(losses)) == len(losses)
+
+
 def test_a_run_of_a_config_that_has_changed_is_not_taken(tools: SimpleNamespace, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     text = (ROOT / "configs" / "vgg19_cifar10.yaml").read_text()
@@ -289,3 +302,54 @@ def test_what_is_neither_an_option_nor_a_key_is_refused(
     assert "unexpected argument: vgg19" in capsys.readouterr().err
     assert tools.reproduce.main(["cost", "--quick", "--picture", "nowhere/cost.svg"]) == 2
     assert capsys.readouterr().err == "--picture nowhere/cost.svg cannot be written: its folder must be there\n"
+
+
+def variant(tools: SimpleNamespace, name: str | None, folder: Path) -> list[tuple[Plan, dict[str, Tensor]]]:
+    """Plans of four rounds of one step, and what the master held after each; without a name, of an ordinary run."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 4))
+    groups = find_groups(model, (torch.zeros(3, 8),))
+    folder.mkdir()
+    made = tools.variants.VARIANTS.get(name, tools.timed.TimedOffloader)(
+        model,
+        groups,
+        lambda module, x: module(x).square().mean(),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        structure=Structure(groups, 0.5, lr=0),
+        sync_every=1,
+        overlap=False,
+        file=folder / "passes.json",
+    )
+    found = []
+    with made as trainer:
+        for batch in torch.randn(4, 5, 8):
+            trainer.accelerator.backward(trainer.loss(batch))
+            plan = trainer.plan
+            trainer.step()
+            found.append((plan, {name: tensor.clone() for name, tensor in trainer.master.items()}))
+    return found
+
+
+def test_newcomers_move_twice_as_far(tools: SimpleNamespace, tmp_path: Path) -> None:
+    (_, start), (plan, ordinary), *_ = variant(tools, None, tmp_path / "ordinary")
+    (before, first), (same_plan, fast), *_ = variant(tools, "faster newcomers", tmp_path / "fast")
+    assert plan == same_plan and all(torch.equal(first[name], tensor) for name, tensor in start.items())
+    new = torch.zeros(24, dtype=torch.bool)
+    new[plan["0"][~torch.isin(plan["0"], before["0"])]] = True
+    assert 0 < new.sum() < 12
+    moved, twice = (after["0.weight"] - start["0.weight"] for after in (ordinary, fast))
+    torch.testing.assert_close(twice[new], 2 * moved[new])
+    assert torch.equal(twice[~new], moved[~new]) and not torch.equal(twice, moved)
+
+
+def test_the_master_keeps_going_where_rounds_have_moved_it(tools: SimpleNamespace, tmp_path: Path) -> None:
+    rounds = variant(tools, "outer momentum", tmp_path / "outer")
+    torch.manual_seed(0)
+    was = nn.Linear(8, 24).weight.detach()
+    last = torch.zeros(24, 8)
+    for plan, master in rounds:
+        moved, out = master["0.weight"] - was, torch.ones(24, dtype=torch.bool)
+        out[plan["0"]] = False
+        torch.testing.assert_close(moved[out], 0.5 * last[out])  # nothing else moves those outside
+        was, last = master["0.weight"], moved
+    assert last.abs().sum() > 0

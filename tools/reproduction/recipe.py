@@ -69,7 +69,11 @@ CONTENDERS = [
     Contender("faster newcomers", TIMES, [], "faster newcomers"),
     Contender("taught", TIMES, [], "taught", of_text=True),
 ]
-QUICK: dict[str, Any] = {**SHORT_RUNS, "only": ["base: explore 0.1", "rloo"], "width": 0.0625}
+QUICK: dict[str, Any] = {
+    **SHORT_RUNS,
+    "only": ["base: explore 0.1", "rloo", "MLP features alone", "taught"],
+    "width": 0.0625,
+}
 
 
 def measure(setting: Setting, options: argparse.Namespace) -> Iterator[Record]:
