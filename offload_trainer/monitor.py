@@ -43,6 +43,8 @@ FACTS: dict[str, tuple[str, str | None]] = {  # shown of a record: key → name 
     "host_bytes": ("host memory", "host "),
     "device_bytes": ("device memory", "device "),
 }
+OF_TRANSFERS = ("bytes_moved", "bytes_per_second", "link_share", "waited_ms", "overlapped_share")
+"""Shown once a round has moved something."""
 
 Record = dict[str, Any]
 
@@ -191,7 +193,7 @@ class Monitor:
         """What is shown of a record: its two names, and its value in words."""
         for key, names in FACTS.items():
             key = f"{self.unit}_per_second" if key == "per_second" else key
-            if key in record:
+            if key in record and (key not in OF_TRANSFERS or record.get("bytes_moved")):
                 yield names, worded(key, record[key])
 
     def remember(self, record: Record) -> None:
